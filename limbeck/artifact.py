@@ -1,0 +1,191 @@
+"""Generators, denoisers and classifiers as files: safetensors weights, with a JSON card in the file's metadata.
+
+A card holds names and numbers. Names resolve in the literal tables of this module and of `networks`, nowhere else, so
+that opening a file can never run code from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from limbeck import networks
+from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.files import write_atomically
+from limbeck.generator import Generator, OneStep, Trajectory
+from limbeck.noise import Karras
+
+FORMAT = 1
+KINDS = ("generator", "denoiser", "classifier")
+
+
+def bundled(name: str) -> Path:
+    """Path of a file of package data."""
+    return Path(str(importlib.resources.files("limbeck") / "assets" / name))
+
+
+def locate(source: str, kind: str) -> Path:
+    """The file meant by `source`: a path, a run folder, or the name of a bundled model.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / f"{kind}.safetensors"
+    if path.is_file():
+        return path
+    names = sorted(p.name.removesuffix(f"-{kind}.safetensors") for p in bundled("").glob(f"*-{kind}.safetensors"))
+    if source in names:
+        return bundled(f"{source}-{kind}.safetensors")
+    raise ValueError(f"{kind}: no file {source!r}, and no bundled {kind} of that name (there is: {', '.join(names)})")
+
+
+def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write `module` with its card and `facts` (recipe, scores, ...) to `path`, atomically.
+
+    Args:
+        kind: generator, denoiser or classifier.
+        dtype: store floating-point tensors as this type (half precision for small files); None keeps them.
+    """
+    card = {"format": FORMAT, "kind": kind, "card": describe(module), **facts}
+    tensors = {
+        name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
+        for name, t in module.state_dict().items()
+    }
+    write_atomically(path, safetensors.torch.save(tensors, {"limbeck": json.dumps(card, sort_keys=True)}))
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The card of a module: everything but the weights.
+
+    Raises:
+        ValueError: for a module that Limbeck cannot rebuild from names and numbers.
+    """
+    card = getattr(module, "card", None)
+    if card is None:
+        raise ValueError(f"{type(module).__name__}: cannot be stored in a file, it is not one of Limbeck's own classes")
+    described: dict[str, Any] = card()
+    return described
+
+
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The card of a file, without its weights.
+
+    Raises:
+        ValueError: if the file is not one of Limbeck's, or is newer than this version.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            text = (file.metadata() or {}).get("limbeck")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if text is None:
+        raise ValueError(f"{path}: a safetensors file without Limbeck's card in its metadata")
+    try:
+        card = json.loads(text)
+        version, kind = card["format"], card["kind"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path}: its card is damaged") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: written in format {version!r}, this version of Limbeck reads format {FORMAT}")
+    if kind not in KINDS:
+        raise ValueError(f"{path}: holds an unknown kind of model {kind!r}")
+    return card
+
+
+def load(path: str | os.PathLike[str], kind: str) -> Any:
+    """Rebuild the module of a file, in float32 and eval mode.
+
+    Raises:
+        ValueError: if the file is damaged, holds another kind of model, or its weights do not fit its card.
+    """
+    card = read_card(path)
+    if card["kind"] != kind:
+        raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
+    try:
+        module = _BUILDERS[kind](card["card"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its card does not describe a {kind} ({error})") from None
+    _fill(module, safetensors.torch.load_file(str(path)), path)
+    return module.eval()
+
+
+def load_generator(path: str | os.PathLike[str]) -> Generator:
+    """A generator, in float32 and eval mode: generator(z, cond) with z ~ N(0, I) of shape (n, *generator.latent_shape).
+
+    Args:
+        path: a generator's safetensors file, or a run folder.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    generator: Generator = load(locate(str(path), "generator"), "generator")
+    return generator
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over a module's class, and the names, shapes and values of its tensors."""
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    wanted = module.state_dict()
+    if wanted.keys() != tensors.keys():
+        odd = sorted(wanted.keys() ^ tensors.keys())[0]
+        raise ValueError(f"{path}: {odd} is {'missing' if odd in wanted else 'not part of the network'}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} contains NaN or Inf")
+    module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+
+
+def _denoiser(card: Mapping[str, Any]) -> Denoiser:
+    return Preconditioned(
+        networks.build(card["network"], card["arguments"]),
+        tuple(card["shape"]),
+        card["classes"],
+        card["sigma_data"],
+        card["sigma_min"],
+        math.inf if card["sigma_max"] is None else card["sigma_max"],
+        card["noise_unit"],
+    )
+
+
+def _generator(card: Mapping[str, Any]) -> Generator:
+    denoiser = _denoiser(card["denoiser"])
+    match card["generator"]:
+        case "one_step":
+            return OneStep(denoiser, card["sigma"])
+        case "trajectory":
+            return Trajectory(denoiser, Karras(**card["levels"]))
+        case other:
+            raise ValueError(f"unknown generator {other!r}")
+
+
+def _classifier(card: Mapping[str, Any]) -> nn.Module:
+    from limbeck.features import Classifier  # features loads its networks through this module
+
+    if card["network"] != "classifier":
+        raise ValueError(f"unknown classifier {card['network']!r}")
+    return Classifier(**card["arguments"])
+
+
+_BUILDERS = {"generator": _generator, "denoiser": _denoiser, "classifier": _classifier}

@@ -1,0 +1,388 @@
+"""The command line: `limbeck VERB ... --KEY VALUE`.
+
+Keys and values become one dictionary, which the same validation reads as a recipe file: bad input ends in one line and
+exit code 2. Exit codes: 0 done, 1 a failure (one line), 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM.
+
+Nothing heavy is imported before the arguments are known, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+VERBS = {
+    "distill": ("SOURCE --out DIR [--method NAME] [--KEY VALUE ...]", "distil a teacher into a one-step generator"),
+    "teach": ("DATA --out DIR [--method NAME] [--KEY VALUE ...]", "train a teacher, or a classifier for evaluation"),
+    "sample": ("FILE --count N --seed S [--class K] --out PNG|NPZ", "draw samples from a generator or a teacher"),
+    "evaluate": ("FILE [--samples N ...] [--json]", "score a generator or a teacher"),
+    "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
+    "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
+    "methods": ("", "list the methods"),
+    "show": ("RUN [--json]", "say what a run folder holds"),
+}
+
+FLAGS = ("json",)
+
+
+class Mistake(ValueError):
+    """A user's mistake on the command line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        import limbeck
+
+        print(limbeck.__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            raise Mistake(f"{verb}: unknown command, expected one of {', '.join(VERBS)}")
+        words, keys = parse(rest)
+        if "help" in keys:
+            _help(verb, keys.get("method"))
+            return 0
+        ACTIONS[verb](words, keys)
+    except ValueError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("stopped; what was saved is intact", 130)
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ArithmeticError, MemoryError) as error:
+        return _fail(error, 1)
+    except Exception as error:  # run.Stopped, without importing torch here
+        code = getattr(error, "code", None)
+        if not isinstance(code, int):
+            raise
+        return _fail(error, code)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Words, and `--key value`, `--key=value` and flags as a dictionary of strings (lists and tables parsed as TOML).
+
+    Raises:
+        Mistake: for a key without a value, or given twice.
+    """
+    words: list[str] = []
+    keys: dict[str, Any] = {}
+    rest = iter(arguments)
+    for item in rest:
+        if item == "-h":
+            item = "--help"
+        if not item.startswith("--"):
+            words.append(item)
+            continue
+        key, equals, value = item[2:].partition("=")
+        key = key.replace("-", "_")
+        if key in (*FLAGS, "help") and not equals:
+            keys[key] = "true"
+            continue
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise Mistake(f"--{key}: needs a value")
+        if not key or key in keys:
+            raise Mistake(f"--{key}: is given twice" if key else "--: is not a key")
+        keys[key] = _value(value)
+    return words, keys
+
+
+def _value(text: str) -> Any:
+    if text[:1] in ("[", "{"):
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            return text
+    return text
+
+
+def _usage() -> str:
+    lines = ["limbeck distils pretrained diffusion models into generators that need one network call.", ""]
+    lines += [f"  limbeck {verb} {form}".rstrip() + f"\n      {what}" for verb, (form, what) in VERBS.items()]
+    return "\n".join([*lines, "", "limbeck VERB --help lists a command's keys."])
+
+
+def _fail(message: object, code: int) -> int:
+    text = " ".join(str(message).split()) or type(message).__name__
+    print(f"limbeck: {text}", file=sys.stderr)
+    return code
+
+
+def _one(words: Sequence[str], what: str) -> str:
+    if len(words) != 1:
+        raise Mistake(f"{what}: expected one, got {' '.join(words) or 'none'}")
+    return words[0]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of `limbeck sample`.
+
+    Attributes:
+        out: a .png picture (8-bit) or an .npz file: x (uint8 (n, H, W, C) for images, else float32), y (labels).
+        count: number of samples.
+        seed: sample j depends on (seed, j) alone.
+        label: class of all samples (--class K); left out: uniform over the classes.
+        steps: Heun steps for a teacher.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    out: str
+    count: int = 64
+    seed: int = 0
+    label: int | None = None
+    steps: int = 18
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 1), ("seed", 0), ("steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if Path(self.out).suffix not in (".png", ".npz"):
+            raise ValueError(f"out: must end in .png or .npz, got {self.out}")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Options of `limbeck reference`.
+
+    Attributes:
+        features: a bundled classifier's name or a classifier's file.
+        out: the .npz file to write.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    features: str
+    out: str
+
+
+def _methods(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck.methods import TABLE
+
+    _known(keys, ())
+    for name, entry in TABLE.items():
+        print(f"{name:15} {entry.title} ({entry.paper})")
+
+
+def _recipe(words: list[str], keys: dict[str, Any], field: str) -> tuple[dict[str, Any], Path, bool]:
+    """The recipe table of SOURCE (a recipe file or a teacher or data set) with the keys of the command line."""
+    from limbeck import config
+
+    source = _one(words, "SOURCE")
+    as_json = keys.pop("json", None) == "true"
+    out = keys.pop("out", None)
+    if not isinstance(out, str):
+        raise Mistake("out: is missing; give a run folder with --out DIR")
+    is_file = source.endswith(".toml") and not source.startswith("exact:")
+    table = config.read_toml(Path(source)) if is_file else {field: source}
+    method = table.get("method")
+    if is_file and isinstance(method, dict) and ":" in str(method.get("name", "")) and "method" not in keys:
+        raise Mistake(f"method.name: {method['name']!r} names code; give it on the command line with --method")
+    if "method" in keys:
+        table["method"] = {"name": keys.pop("method")}
+    elif isinstance(method, str):
+        table["method"] = {"name": method}
+    for key, value in keys.items():
+        config.set_dotted(table, key, _literal(value) if key.startswith("template.") else value)
+    return table, Path(out), as_json
+
+
+def _literal(text: Any) -> Any:
+    """Network arguments have no declared types: read numbers, booleans and lists as TOML does."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _distill(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, methods, run
+
+    table, out, as_json = _recipe(words, keys, "teacher")
+    table.setdefault("method", {"name": "pid"})
+    recipe = config.resolve(table, methods.METHODS, foreign=True)
+    _print_result(run.run_distillation(recipe, out, _say), as_json)
+
+
+def _teach(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, run
+
+    table, out, as_json = _recipe(words, keys, "data")
+    table.setdefault("method", {"name": "denoising"})
+    _print_result(run.run_teaching(config.resolve(table, config.TEACHING), out, _say), as_json)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+def _sample(words: list[str], keys: dict[str, Any]) -> None:
+    import numpy as np
+
+    from limbeck import config, summary
+    from limbeck.evaluate.draws import Latents, generate, latents
+    from limbeck.files import write_atomically
+    from limbeck.pictures import overview, png, to_bytes
+
+    source = _one(words, "FILE")
+    if "class" in keys:
+        keys["label"] = keys.pop("class")
+    options: SampleOptions = config.validate(SampleOptions, keys)
+    model = _model(source)
+    sampler, _, shape, classes = summary.sampler_of(model, options.steps)
+    drawn = latents(options.seed, range(options.count), shape, classes)
+    if options.label is not None:
+        if not 0 <= options.label < classes:
+            known = f"has classes 0 to {classes - 1}" if classes else "is unconditional"
+            raise Mistake(f"class: {source} {known}, got {options.label}")
+        assert drawn.labels is not None
+        drawn = Latents(drawn.z, drawn.labels.new_full((options.count,), options.label))
+    x = generate(sampler, drawn, classes)
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        picture = overview(x, max(1, round(options.count**0.5)), float(x.abs().max()) * 1.05)
+        if picture is None:
+            raise Mistake(f"out: samples of shape {tuple(x.shape[1:])} cannot be a picture; write an .npz file")
+        write_atomically(out, png(picture))
+    else:
+        arrays: dict[str, Any] = {"x": to_bytes(x) if x.ndim == 4 else x.numpy()}
+        if drawn.labels is not None:
+            arrays["y"] = drawn.labels.numpy()
+        np.savez_compressed(out, **arrays)
+    _say(f"{options.count} samples in {out}")
+
+
+def _model(source: str) -> Any:
+    """A generator's file or run folder, else a teacher."""
+    from limbeck import artifact, teachers
+
+    path = Path(source)
+    if path.is_dir() and (path / "generator.safetensors").is_file():
+        return artifact.load_generator(path)
+    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
+        return artifact.load_generator(path)
+    if path.is_dir() and not (path / "denoiser.safetensors").is_file():
+        raise ValueError(f"{path}: has no finished model yet")
+    return teachers.load(source)
+
+
+def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import artifact, config, summary, teachers
+    from limbeck.config import Evaluation, Recipe
+    from limbeck.evaluate import measure
+    from limbeck.teaching import Denoising
+
+    source = _one(words, "FILE")
+    as_json = keys.pop("json", None) == "true"
+    against = keys.pop("against", None)
+    settings: Evaluation = config.validate(Evaluation, keys)
+    model = _model(source)
+    if against is None:
+        path = Path(source)
+        file = next((path / f for f in ("generator.safetensors", "denoiser.safetensors") if (path / f).is_file()), path)
+        facts = artifact.read_card(file).get("recipe", {}) if file.is_file() else {}
+        against = facts.get("teacher") or facts.get("data") or source
+    target = teachers.load(against) if str(against).startswith("exact:") else model
+    shell = Recipe(Denoising(), teacher=str(against), evaluate=settings)
+    judge = summary.judge_for(shell, target)
+    if judge is None:
+        raise Mistake(f"evaluate: nothing to score {source} against; give --against, or --data and --features")
+    sampler, nfe, shape, classes = summary.sampler_of(model, settings.teacher_steps)
+    scores = measure(
+        sampler, nfe, judge, shape, classes, samples=settings.samples, draws=settings.draws, seed=settings.seed
+    )
+    result = {
+        "file": source,
+        "student": dataclasses.asdict(scores),
+        "floor": {"metrics": judge.floor(settings.samples), "note": judge.note},
+        "hashes": {"model": artifact.fingerprint(model), **judge.hashes()},
+        "settings": dataclasses.asdict(settings),
+    }
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        for line in summary.table_lines(result):
+            print(line)
+
+
+def _compare(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import compare
+
+    out = keys.pop("out", None)
+    if not isinstance(out, str):
+        raise Mistake("out: is missing; give a folder with --out DIR")
+    as_json = keys.pop("json", None) == "true"
+    _known(keys, ())
+    _print_result(compare.compare(Path(_one(words, "GRID.toml")), Path(out), _say), as_json)
+
+
+def _reference(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import artifact, config, data, features
+    from limbeck.evaluate import Reference
+    from limbeck.files import sha256
+
+    options: ReferenceOptions = config.validate(ReferenceOptions, keys)
+    samples = data.load(_one(words, "DATA"))
+    network = features.load(options.features)
+    digest = sha256(artifact.locate(options.features, "classifier"))
+    Reference.measure(samples, network, digest).save(Path(options.out))
+    _say(f"moments of {len(samples.x):,} samples in {options.out}")
+
+
+def _show(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import show
+
+    as_json = keys.pop("json", None) == "true"
+    _known(keys, ())
+    show.show(Path(_one(words, "RUN")), as_json)
+
+
+def _known(keys: dict[str, Any], known: Sequence[str]) -> None:
+    for key in keys:
+        if key not in known:
+            raise Mistake(f"{key}: unknown key{'; expected one of ' + ', '.join(known) if known else ''}")
+
+
+def _help(verb: str, method: str | None) -> None:
+    """What a command does and, if it has any, its keys."""
+    form, what = VERBS[verb]
+    print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
+    if verb in ("distill", "teach", "sample", "reference", "evaluate"):
+        from limbeck import manual
+
+        manual.print_keys(verb, method)
+
+
+ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
+    "distill": _distill,
+    "teach": _teach,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "reference": _reference,
+    "methods": _methods,
+    "show": _show,
+}

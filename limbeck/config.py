@@ -1,0 +1,298 @@
+"""Recipes: everything that decides a run, as frozen dataclasses read from TOML and the command line.
+
+A file and the command line meet in one nested dictionary, which is validated once; so both have one form of error, a
+line that names the dotted key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from limbeck import methods, teaching
+from limbeck.ema import Average
+from limbeck.optimizer import Optimizer
+
+TEACHING: dict[str, type] = {"denoising": teaching.Denoising, "classification": teaching.Classification}
+
+
+@dataclass(frozen=True)
+class Every:
+    """Steps between two events; 0 = never. The last step always saves.
+
+    Attributes:
+        log: a row of log.jsonl.
+        save: a checkpoint.
+        sample: a grid of samples.
+        evaluate: scores on the validation indices.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    log: int = 50
+    save: int = 1000
+    sample: int = 1000
+    evaluate: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 0:
+                raise ValueError(f"{name}: must not be negative, got {value}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model is judged.
+
+    Attributes:
+        samples: samples of one draw.
+        draws: independent draws; the score is their mean.
+        seed: key of the samples' noise; sample j depends on (seed, j) alone.
+        teacher_steps: Heun steps of the teacher, 2 * steps - 1 network calls.
+        data: reference images for teachers that bring none (a name or file as for `teach`).
+        features: feature network for teachers that bring none.
+        quantize: score images as 8-bit values.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    samples: int = 10_000
+    draws: int = 1
+    seed: int = 0
+    teacher_steps: int = 18
+    data: str | None = None
+    features: str | None = None
+    quantize: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 2), ("draws", 1), ("seed", 0), ("teacher_steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        method: the objective, by name with its hyper-parameters.
+        teacher: what is distilled (`limbeck distill`).
+        data: what is learned (`limbeck teach`).
+        template: the student's network and its arguments; empty = the teacher's own, or one chosen by the samples' shape.
+        steps: length of the run.
+        batch: samples of one turn.
+        micro_batches: parts in which a turn's batch is computed, to save memory.
+        stratified: one u from each of `batch` equal intervals.
+        seed: key of everything random in training.
+        optimizer: settings by player, over the method's defaults.
+        ema: moving average of the weights that are exported.
+        clip: largest gradient norm.
+        threads: CPU threads; results are bit-equal only at equal threads.
+        keep: checkpoints kept.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    method: Any
+    teacher: str | None = None
+    data: str | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    steps: int = 5000
+    batch: int = 256
+    micro_batches: int = 1
+    stratified: bool = False
+    seed: int = 0
+    optimizer: dict[str, Optimizer] = field(default_factory=dict)
+    ema: Average = field(default_factory=Average)
+    clip: float | None = None
+    threads: int | None = None
+    keep: int = 2
+    every: Every = field(default_factory=Every)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("micro_batches", 1), ("seed", 0), ("threads", 1), ("keep", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: must be at least {least}, got {value}")
+        if self.micro_batches > self.batch:
+            raise ValueError(f"micro_batches: cannot exceed the batch of {self.batch}, got {self.micro_batches}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip: must be positive and finite, got {self.clip}")
+
+
+FREE = ("steps", "every", "evaluate")  # what may change when a run is continued
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dictionary.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: not a readable TOML file ({error})") from None
+
+
+def set_dotted(table: dict[str, Any], key: str, value: Any) -> None:
+    """table["a"]["b"] = value for key "a.b".
+
+    Raises:
+        ValueError: if "a" is not a table.
+    """
+    *parents, leaf = key.split(".")
+    for depth, parent in enumerate(parents):
+        inner = table.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no fields")
+        table = inner
+    table[leaf] = value
+
+
+def resolve(table: Mapping[str, Any], known: Mapping[str, type], foreign: bool = False) -> Recipe:
+    """A validated recipe from a nested dictionary.
+
+    Args:
+        known: methods by name (`methods.METHODS` or `TEACHING`).
+        foreign: allow a method "package.module:Class", which runs the caller's code; never for a recipe from a file.
+
+    Raises:
+        ValueError: one line that names the dotted key.
+    """
+    table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    table["method"] = resolve_method(table.get("method"), known, foreign)
+    defaults = table["method"].optimizers()
+    given = table.get("optimizer", {})
+    if not isinstance(given, dict):
+        raise ValueError("optimizer: must be a table of players, e.g. optimizer.generator.lr")
+    for player, settings in given.items():
+        if player not in defaults:
+            raise ValueError(f"optimizer.{player}: unknown player{_nearest(player, defaults, 'optimizer.')}")
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"optimizer.{player}: must be a table, e.g. optimizer.{player}.lr")
+    table["optimizer"] = {
+        player: {**dataclasses.asdict(default), **given.get(player, {})} for player, default in defaults.items()
+    }
+    return validate(Recipe, table)
+
+
+def resolve_method(value: Any, known: Mapping[str, type], foreign: bool = False) -> Any:
+    """An objective from {"name": ..., fields}, or as it is if it already is one."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return value
+    fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"method.name: missing; expected one of {', '.join(known)}")
+    if name in known:
+        return validate(known[name], fields, "method")
+    if ":" not in name:
+        raise ValueError(f"method.name: unknown method {name!r}{_nearest(name, known)}")
+    if not foreign:
+        raise ValueError(f"method.name: {name!r} names code; give it on the command line with --method, not in a file")
+    try:
+        cls = methods.resolve(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"method.name: cannot find {name!r} ({error})") from None
+    if not dataclasses.is_dataclass(cls) or not isinstance(cls, type) or not hasattr(cls, "turns"):
+        raise ValueError(f"method.name: {name!r} is not an objective (a dataclass with players, turns and optimizers)")
+    return validate(cls, fields, "method")
+
+
+def method_name(method: Any) -> str:
+    """The name under which a method's class is known, else "package.module:Class"."""
+    cls = type(method)
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    for name, entry in methods.TABLE.items():
+        if entry.target == target:
+            return name
+    return next((name for name, known in TEACHING.items() if known is cls), target)
+
+
+def validate(cls: type, table: Mapping[str, Any], prefix: str = "") -> Any:
+    """An instance of the dataclass `cls` from a nested dictionary.
+
+    Raises:
+        ValueError: one line: the dotted key, what is wrong, and the nearest known key for an unknown one.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(dict(table))
+    except ValidationError as error:
+        raise ValueError(_line(error, cls, prefix)) from None
+
+
+def _line(error: ValidationError, cls: type, prefix: str) -> str:
+    first = error.errors()[0]
+    # pydantic adds the name of a union's member or a container's key kind to the path; keys of ours are plain
+    path = [str(part) for part in first["loc"]]
+    dotted = ".".join([prefix, *path] if prefix else path)
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{dotted}: unknown key{_nearest(path[-1], _fields_at(cls, path[:-1]), dotted[: -len(path[-1])])}"
+    if first["type"] == "value_error":  # from a __post_init__, whose message begins with the field's name
+        return (f"{dotted}." if dotted else "") + str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{dotted}: {message}, got {first['input']!r}" if first["type"] != "missing" else f"{dotted}: is missing"
+
+
+def _fields_at(cls: Any, path: Iterable[str]) -> list[str]:
+    """Field names of the dataclass at `path` inside `cls`; of a player's optimiser for optimizer.PLAYER."""
+    for part in path:
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        cls = hints.get(part, Optimizer)
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    known = list(known)
+    match = difflib.get_close_matches(name, known, 1, 0.5)
+    if match:
+        return f", perhaps you meant {prefix}{match[0]}"
+    return f"; expected one of {', '.join(known)}" if known else ""
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as a nested dictionary of JSON-able values; what is None is left out."""
+    table = _plain(recipe)
+    table["method"] = {"name": method_name(recipe.method), **_plain(recipe.method)}
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"  # an object given in Python, e.g. a feature network
+
+
+def dump_toml(table: Mapping[str, Any]) -> str:
+    """TOML text of a nested dictionary."""
+    return tomli_w.dumps(table)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    keys: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(prefix + key)
+    return keys

@@ -1,0 +1,98 @@
+"""Feature networks: where Fréchet distances and perceptual losses are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from limbeck import artifact
+
+
+class Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm x)))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(max(1, channels // 8), channels) for _ in range(2))
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(functional.silu(self.norm1(x)))
+        return x + self.conv2(functional.silu(self.norm2(h)))
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier; `forward` gives its features, not its logits.
+
+    Samples are images (C, H, W) in the scale of the training data. Resolution halves until it is at most 4 pixels; the
+    features are the last hidden layer's activations.
+
+    Args:
+        shape: (C, H, W).
+        classes: number of classes.
+        width: channels at full resolution.
+        features: size of the last hidden layer.
+        dropout: probability at which features are dropped in training.
+    """
+
+    name: ClassVar[str] = "classifier"
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, width: int = 32, features: int = 64, dropout: float = 0.3
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"classifier: needs images (C, H, W), the samples have shape {tuple(shape)}")
+        if classes < 2:
+            raise ValueError(f"classifier: needs data of at least 2 classes, got {classes}")
+        self.arguments: dict[str, Any] = {
+            "shape": list(shape), "classes": classes, "width": width, "features": features, "dropout": dropout,
+        }  # fmt: skip
+        self.shape, self.classes, self.dropout = tuple(shape), classes, dropout
+        channels, height, side = shape
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), Residual(width)]
+        while max(height, side) > 4:
+            layers += [nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), Residual(2 * width)]
+            width, height, side = 2 * width, (height + 1) // 2, (side + 1) // 2
+        self.body = nn.Sequential(*layers)
+        self.norm = nn.GroupNorm(max(1, width // 8), width)
+        self.hidden = nn.Linear(width * height * side, features)
+        self.last = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, features) of samples (B, C, H, W)."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"features: this network reads samples of shape {self.shape}, got {tuple(x.shape[1:])}")
+        body = functional.silu(self.norm(self.body(x))).flatten(1)
+        return functional.silu(self.hidden(body))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Class logits (B, classes) of samples (B, C, H, W)."""
+        return self.last(functional.dropout(self(x), self.dropout, self.training))
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        return {"network": self.name, "arguments": self.arguments}
+
+
+def load(source: str | nn.Module) -> nn.Module:
+    """A feature network, frozen and in eval mode.
+
+    Args:
+        source: the name of a bundled classifier, a classifier's safetensors file, or any module (B, *shape) -> (B, d).
+
+    Raises:
+        ValueError: for an unknown name or a file of another kind.
+    """
+    network = artifact.load(artifact.locate(source, "classifier"), "classifier") if isinstance(source, str) else source
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def in_batches(function: Any, x: Tensor, size: int = 1000) -> Tensor:
+    """function(x) computed `size` rows at a time."""
+    return torch.cat([function(part) for part in x.split(size)])

@@ -1,0 +1,100 @@
+"""One-step generators: modules that turn z ~ N(0, I) into a sample with one network call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.denoiser import Denoiser, Preconditioned, expand
+from limbeck.noise import Karras
+
+
+class Generator(nn.Module):
+    """Interface: `forward(z, cond)` maps z ~ N(0, I), (B, *latent_shape), to samples (B, *shape)."""
+
+    shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    classes: int
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Samples (B, *shape) for z (B, *latent_shape) and cond None or (B, classes)."""
+        raise NotImplementedError
+
+
+class OneStep(Generator):
+    """x = D(sigma z; sigma): a denoiser called once at a fixed level (Diff-Instruct, SiD, DMD).
+
+    Args:
+        denoiser: the network's home; its weights are the generator's.
+        sigma: the level, absolute.
+    """
+
+    def __init__(self, denoiser: Denoiser, sigma: float) -> None:
+        super().__init__()
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma_init: must be positive and finite, got {sigma}")
+        self.denoiser, self.sigma = denoiser, float(sigma)
+        self.shape = self.latent_shape = denoiser.shape
+        self.classes = denoiser.classes
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.denoiser(self.sigma * z, z.new_tensor(self.sigma), cond)
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        return {"generator": "one_step", "sigma": self.sigma, "denoiser": cast(Any, self.denoiser).card()}
+
+
+class Trajectory(Generator):
+    """The whole ODE path as a function of its start: x(z, t) = (t/T) T z + (1 - t/T) F(z, t)   (PID, arXiv:2411.08378).
+
+    x(z, T) = T z holds for any F: the boundary condition is built in. F reads the pure noise at unit variance and the
+    *output* time t. With a `Preconditioned` template F is its raw network, c_in and c_noise as in EDM, times `unit`;
+    any other template enters as its clean estimate at level t of z scaled to that level.
+
+    Args:
+        denoiser: the template; its weights are the generator's.
+        levels: T = levels.sigma_max is the start and levels.sigma_min the end, absolute.
+    """
+
+    def __init__(self, denoiser: Denoiser, levels: Karras) -> None:
+        super().__init__()
+        self.denoiser, self.levels = denoiser, levels
+        self.shape = self.latent_shape = denoiser.shape
+        self.classes = denoiser.classes
+
+    def raw(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """F(z, t) (B, *shape) for z (B, *shape) ~ N(0, I) and t a scalar or (B,)."""
+        d = self.denoiser
+        if isinstance(d, Preconditioned):
+            c_in = self.levels.sigma_max / math.hypot(d.sigma_data, self.levels.sigma_max)
+            return d.unit * d.network(c_in * z, d.c_noise(t, z), d.labels(cond, z))
+        return d(expand(t, z) * z, t, cond)
+
+    def at(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x(z, t) (B, *shape), the point at level t (a scalar or (B,)) of the path that starts at T z."""
+        return path_point(self.raw(z, t, cond), z, expand(t, z), self.levels.sigma_max)
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.at(z, z.new_tensor(self.levels.sigma_min), cond)
+
+    def trajectory(self, z: Tensor, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The path at `sigmas` (S,), one network call each: (S, B, *shape)."""
+        return torch.stack([self.at(z, sigma, cond) for sigma in sigmas])
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        law = self.levels
+        return {
+            "generator": "trajectory",
+            "levels": {"sigma_min": law.sigma_min, "sigma_max": law.sigma_max, "rho": law.rho},
+            "denoiser": cast(Any, self.denoiser).card(),
+        }
+
+
+def path_point(f: Tensor, z: Tensor, t: Tensor, t_max: float) -> Tensor:
+    """x(z, t) = t z + (1 - t/T) F for unit-variance z, with t broadcast over the sample."""
+    return t * z + (1 - t / t_max) * f

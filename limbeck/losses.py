@@ -1,0 +1,42 @@
+"""Per-sample loss atoms. Every function returns one value per sample, (B,); reduction is the trainer's."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from limbeck.denoiser import expand
+
+
+def per_sample(x: Tensor, reduce: str = "sum") -> Tensor:
+    """Sum or mean of everything but the batch dimension: (B, ...) -> (B,)."""
+    flat = x.flatten(1)
+    return flat.sum(1) if reduce == "sum" else flat.mean(1)
+
+
+def denoising(estimate: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's loss (sigma^2 + sd^2) / (sigma sd)^2 |D - x|^2, mean over coordinates (arXiv:2206.00364, Table 1).
+
+    The weight makes the loss of a network of zero output equal to 1 at every level.
+    """
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return per_sample(expand(weight, clean) * (estimate - clean) ** 2, "mean")
+
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over coordinates of (a - b)^2."""
+    return per_sample((a - b) ** 2, "mean")
+
+
+def absolute(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over coordinates of |a - b|."""
+    return per_sample((a - b).abs(), "mean")
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c, norms over a whole sample; c = 0.00054 sqrt(d) by default (arXiv:2310.14189)."""
+    gap = per_sample((a - b) ** 2)
+    c = 0.00054 * math.sqrt(a[0].numel()) if c is None else c
+    # the form that does not cancel for gaps below c
+    return gap / ((gap + c**2).sqrt() + c)

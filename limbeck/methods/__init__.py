@@ -1,0 +1,31 @@
+"""The methods by name. `TABLE` can be read without importing torch; `METHODS` maps each name to its class."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a method lives and what it is."""
+
+    target: str
+    title: str
+    paper: str
+
+
+TABLE: dict[str, Entry] = {
+    "pid": Entry("limbeck.methods.pid:PID", "Physics Informed Distillation", "arXiv:2411.08378"),
+}
+
+
+def resolve(target: str) -> Any:
+    """The object named by "package.module:Name"."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def __getattr__(name: str) -> dict[str, type]:
+    if name == "METHODS":
+        return {key: resolve(entry.target) for key, entry in TABLE.items()}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

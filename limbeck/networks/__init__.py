@@ -1,0 +1,56 @@
+"""Networks by name. A name in a file resolves here and nowhere else.
+
+Every network is called as network(x, c_noise, cond) and keeps its constructor's arguments in `arguments`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from limbeck.networks.adm import ADM
+from limbeck.networks.dit import DiT
+from limbeck.networks.mlp import MLP
+from limbeck.networks.songunet import SongUNet
+
+NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "dit": DiT, "songunet": SongUNet, "adm": ADM}
+
+
+def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A fresh network.
+
+    Raises:
+        ValueError: for an unknown name or arguments that it does not take.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network: unknown name {name!r}, expected one of {', '.join(NETWORKS)}")
+    try:
+        return NETWORKS[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"network: {name} does not take these arguments: {error}") from None
+
+
+def for_samples(name: str, shape: Sequence[int], classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """A fresh network for samples of `shape` with condition rows of width `classes`; `options` are its other arguments.
+
+    Raises:
+        ValueError: naming the `template` key that is wrong.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"template.network: unknown name {name!r}, expected one of {', '.join(NETWORKS)}")
+    sized: dict[str, Any] = {"shape": list(shape), "classes": classes}
+    if name in ("songunet", "adm"):
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise ValueError(f"template.network: {name} needs square images (C, H, H), got {tuple(shape)}")
+        sized = {"img_resolution": shape[1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}
+    known = [key for key in inspect.signature(NETWORKS[name]).parameters if key not in sized]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"template.{key}: {name} has no such argument, expected one of {', '.join(known)}")
+    try:
+        return NETWORKS[name](**sized, **options)
+    except TypeError as error:
+        raise ValueError(f"template: {name} cannot be built from {dict(options)}: {error}") from None

@@ -1,0 +1,376 @@
+"""A run: one visible loop around the trainer, and the folder that it fills.
+
+A run folder holds recipe.toml (resolved), log.jsonl, checkpoints/, samples/, and at the end the model as safetensors,
+report.json and report.html. The same call again continues where the folder stands; a finished run says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import limbeck
+from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
+from limbeck.config import Recipe
+from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.evaluate import VALIDATION, Judge, measure
+from limbeck.evaluate.draws import generate, latents
+from limbeck.files import write_atomically
+from limbeck.generator import Generator
+from limbeck.machine import versions
+from limbeck.pictures import overview, png
+from limbeck.source import DataSource, NoiseSource
+from limbeck.train import Source, Trainer
+
+Tell = Callable[[str], None]
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved. `code` is the exit code: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}, saved; the same command continues")
+        self.code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Job:
+    """What differs between distilling and teaching, to the loop."""
+
+    recipe: Recipe
+    out: Path
+    trainer: Trainer
+    source: Source
+    identity: str  # fingerprint of the teacher or data: a run refuses to go on with another one
+    product: str  # kind of the file that the run makes
+    judge: Judge | None
+    held_out: data.Data | None = None  # what a classifier is scored on
+
+
+def distill(
+    teacher: str | Denoiser, method: Any = "pid", *, out: str | Path, tell: Tell = print, **keys: Any
+) -> dict[str, Any]:
+    """Distil `teacher` into a one-step generator, in the run folder `out`.
+
+    Args:
+        teacher: a name or file (see `teachers.load`), or a denoiser.
+        method: a method's name, {"name": ..., fields}, or an objective.
+        out: run folder; an existing one is continued.
+        tell: receives progress, a line at a time.
+        keys: recipe keys, e.g. steps=300, optimizer={"generator": {"lr": 1e-4}}, **{"every.save": 100}.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        ValueError: for bad input, naming the key; nothing is written then.
+        Stopped: after Ctrl-C or SIGTERM, when the run has been saved.
+        NonFinite: when a loss or gradient is NaN or Inf; the last checkpoint is intact.
+    """
+    table: dict[str, Any] = {"teacher": teacher if isinstance(teacher, str) else _class_of(teacher), "method": method}
+    for key, value in keys.items():
+        config.set_dotted(table, key, value)
+    recipe = config.resolve(table, methods.METHODS, foreign=True)
+    return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher)
+
+
+def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | None = None) -> dict[str, Any]:
+    """`distill` for a resolved recipe; `teacher` replaces the one that the recipe names."""
+    if recipe.data is not None:
+        raise ValueError("data: belongs to `limbeck teach`; a distillation has a teacher")
+    if recipe.teacher is None:
+        raise ValueError("teacher: is missing")
+    teacher = teachers.load(recipe.teacher) if teacher is None else teacher
+    _check_levels(recipe, teacher)
+    template = student_template(recipe, teacher)
+    judge = summary.judge_for(recipe, teacher)
+    trainer = _trainer(recipe, teacher, template)
+    generator = trainer.nets[recipe.method.product]
+    assert isinstance(generator, Generator)
+    source = NoiseSource(
+        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes,
+        micro_batches=recipe.micro_batches, stratified=recipe.stratified,
+    )  # fmt: skip
+    job = Job(recipe, out, trainer, source, artifact.fingerprint(teacher), "generator", judge)
+    return _run(job, tell)
+
+
+def teach(
+    source: str, method: Any = "denoising", *, out: str | Path, tell: Tell = print, **keys: Any
+) -> dict[str, Any]:
+    """Train a teacher (method "denoising") or a feature network ("classification") on data, in the run folder `out`.
+
+    Arguments, result and errors as `distill`; `source` is a data set (see `data.load`).
+    """
+    table: dict[str, Any] = {"data": source, "method": method}
+    for key, value in keys.items():
+        config.set_dotted(table, key, value)
+    return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell)
+
+
+def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
+    """`teach` for a resolved recipe."""
+    if recipe.teacher is not None:
+        raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
+    if recipe.data is None:
+        raise ValueError("data: is missing")
+    samples = data.load(recipe.data)
+    # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser
+    plain = Denoiser(samples.shape, samples.classes, samples.sigma_data)
+    denoising = recipe.method.product == "denoiser"
+    template = student_template(recipe, plain) if denoising else plain
+    judge = summary.judge_for(recipe, template) if denoising else None
+    trainer = _trainer(recipe, plain, template)
+    noise = NoiseSource(
+        samples.shape, samples.shape, recipe.batch, recipe.seed, samples.classes,
+        unlabelled=getattr(recipe.method, "label_dropout", 0.0),
+        micro_batches=recipe.micro_batches, stratified=recipe.stratified,
+    )  # fmt: skip
+    train, held_out = (samples, None) if denoising else samples.split()
+    source = DataSource(noise, train.x, train.y)
+    return _run(Job(recipe, out, trainer, source, samples.fingerprint(), recipe.method.product, judge, held_out), tell)
+
+
+def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """The denoiser from which players are copied: the recipe's network, the teacher's own, or one that suits the shape."""
+    options = dict(recipe.template)
+    name = options.pop("network", None)
+    if name is None and not options and isinstance(teacher, Preconditioned):
+        return teacher
+    if name is None:
+        name = "mlp" if len(teacher.shape) < 3 or max(teacher.shape[1:]) <= 8 else "dit"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = networks.for_samples(name, teacher.shape, teacher.classes, options)
+    return Preconditioned(
+        network, teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max
+    )
+
+
+def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
+    levels = getattr(recipe.method, "levels", None)
+    for name, sign in (("sigma_min", 1), ("sigma_max", -1)):
+        value = getattr(levels, name, None)
+        if value is None:
+            continue
+        asked, bound = value * teacher.unit, getattr(teacher, name)
+        if sign * asked < sign * bound * (1 - 1e-6 * sign):
+            raise ValueError(
+                f"method.levels.{name}: {value:g} is level {asked:g} of this data, outside the teacher's range of "
+                f"{teacher.sigma_min:g} to {teacher.sigma_max:g}"
+            )
+
+
+def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser) -> Trainer:
+    return Trainer(
+        recipe.method, teacher, template, recipe.optimizer,
+        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
+    )  # fmt: skip
+
+
+def _run(job: Job, tell: Tell) -> dict[str, Any]:
+    recipe, out, trainer = job.recipe, job.out, job.trainer
+    table = config.to_table(recipe)
+    _check_folder(out, table)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out), _signals() as stop:
+        seconds = _resume(job, tell)
+        write_atomically(out / "recipe.toml", config.dump_toml(table))
+        report = out / "report.json"
+        if trainer.step >= recipe.steps and report.is_file():
+            tell(f"{out}: finished at step {trainer.step}; see {out / 'report.html'}")
+            return dict(json.loads(report.read_text()))
+        seconds = _loop(job, seconds, stop, tell)
+        model = trainer.ema.module
+        facts = {
+            "recipe": table,
+            "images": trainer.images,
+            "seconds": round(seconds, 1),
+            "made_by": limbeck.__version__,
+        }
+        artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
+        return summary.conclude(job, model, seconds, tell)
+
+
+def _loop(job: Job, seconds: float, stop: Stop, tell: Tell) -> float:
+    """Play until the last step. Returns the seconds spent, those of earlier sittings included."""
+    recipe, trainer = job.recipe, job.trainer
+    began, first = time.perf_counter() - seconds, trainer.step
+    with summary.progress(recipe, trainer.step) as moved, open(job.out / "log.jsonl", "a", buffering=1) as log:
+
+        def write(row: Mapping[str, Any]) -> None:
+            spent = round(time.perf_counter() - began, 2)
+            log.write(json.dumps({"step": trainer.step, "images": trainer.images, "seconds": spent, **row}) + "\n")
+
+        while trainer.step < recipe.steps:
+            told = trainer.advance(job.source)
+            due = Due(trainer.step, recipe.steps)
+            if due(recipe.every.log):
+                write({name: float(value) for name, value in told.items()})
+            if due(recipe.every.sample):
+                _draw(job)
+            if due(recipe.every.evaluate) and job.judge is not None:
+                write({"metrics": _watch(job)})
+            if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
+                _save(job, time.perf_counter() - began)
+            moved(trainer.step, told)
+            if stop.signum and trainer.step < recipe.steps:
+                raise Stopped(stop.signum, trainer.step)
+    if trainer.step > first:
+        tell(f"{trainer.step - first:,} steps in {time.perf_counter() - began - seconds:.0f} s")
+    return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Due:
+    """Is an event of period `every` due at this step? 0 = never; the last step is always due for others."""
+
+    step: int
+    last: int
+
+    def __call__(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.last)
+
+
+def _save(job: Job, seconds: float) -> None:
+    state = {
+        "trainer": job.trainer.state_dict(),
+        "seconds": seconds,
+        "identity": job.identity,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    checkpoint.save(job.out / "checkpoints", job.trainer.step, state, job.recipe.keep)
+
+
+def _resume(job: Job, tell: Tell) -> float:
+    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken so far."""
+    state = checkpoint.load_newest(job.out / "checkpoints", tell)
+    if state is None:
+        (job.out / "log.jsonl").unlink(missing_ok=True)
+        return 0.0
+    if state["identity"] != job.identity:
+        raise ValueError(f"out: {job.out} was begun with another teacher or data set of the same name")
+    for name, was, now in (
+        ("threads", state["threads"], torch.get_num_threads()),
+        ("versions", state["versions"], versions()),
+    ):
+        if was != now:
+            tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")
+    job.trainer.load_state_dict(state["trainer"])
+    _trim_log(job.out / "log.jsonl", job.trainer.step)
+    if job.trainer.step < job.recipe.steps:
+        tell(f"{job.out}: continuing at step {job.trainer.step}")
+    return float(state["seconds"])
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop rows behind the checkpoint, and a last row that a crash cut short: these steps are played again."""
+    if path.is_file():
+        rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        write_atomically(path, "".join(row + "\n" for row in rows))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _draw(job: Job) -> None:
+    """A picture of samples from fixed noise, samples/step-STEP.png."""
+    if job.product == "classifier":
+        return
+    sampler, _, shape, classes = summary.sampler_of(job.trainer.ema.module, job.recipe.evaluate.teacher_steps)
+    tiny = len(shape) == 1
+    drawn = latents(job.recipe.evaluate.seed, range(VALIDATION, VALIDATION + (2000 if tiny else 80)), shape, classes)
+    picture = overview(generate(sampler, drawn, classes), 16, 3 * job.trainer.teacher.sigma_data)
+    if picture is not None:
+        folder = job.out / "samples"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step-{job.trainer.step:09d}.png", png(picture))
+
+
+def _watch(job: Job) -> dict[str, float]:
+    """Scores on the validation indices, a tenth of the final samples but at least 1,000."""
+    assert job.judge is not None
+    settings = job.recipe.evaluate
+    sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.module, settings.teacher_steps)
+    count = max(1000, settings.samples // 10)
+    return measure(sampler, nfe, job.judge, shape, classes, samples=count, seed=settings.seed, first=VALIDATION).metrics
+
+
+def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    path = out / "recipe.toml"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, a run needs a folder")
+    if not path.is_file():
+        if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()):
+            raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")
+        return
+    old = config.read_toml(path)
+    changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]
+    if changed:
+        raise ValueError(f"out: {out} holds a run with other settings ({', '.join(changed)}); choose another folder")
+    if table["steps"] < old["steps"]:
+        raise ValueError(f"steps: {out} holds a run of {old['steps']} steps, which can grow but not shrink")
+
+
+class Stop:
+    """Which signal has asked the run to stop, 0 for none."""
+
+    signum = 0
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum == signum == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the end of the step
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM end the run after the current step. Other threads than the main one cannot set handlers."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keep a second process out of the folder. The lock ends with the process, however it ends."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: {out} is in use by another run") from None
+        yield
+
+
+def _class_of(value: object) -> str:
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"

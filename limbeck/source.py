@@ -1,0 +1,96 @@
+"""Where batches come from: noise and labels, and data where an objective trains on data.
+
+The source draws the whole *global* batch of a turn from a stream keyed by (seed, step, turn) and then cuts it into
+micro-batches: any number of them sees the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from limbeck.objective import Batch
+from limbeck.randomness import stream
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """z, u, eps and labels of one turn, as `micro_batches` batches.
+
+    Attributes:
+        shape: shape of one sample.
+        latent_shape: shape of one latent.
+        batch: global batch.
+        classes: labels are uniform over the classes, as one-hot rows; 0 = no labels.
+        unlabelled: share of zero rows ("no label").
+        stratified: u is one uniform draw from each of `batch` equal intervals, in random order.
+    """
+
+    shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    batch: int
+    seed: int
+    classes: int = 0
+    unlabelled: float = 0.0
+    micro_batches: int = 1
+    stratified: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, step: int, turn: int) -> Iterator[Batch]:
+        yield from _cut(self.draw(stream(self.seed, "batch", step, turn)), self.micro_batches)
+
+    def draw(self, rng: torch.Generator) -> Batch:
+        """The global batch from the stream `rng`."""
+        n = self.batch
+        z = torch.randn(n, *self.latent_shape, generator=rng, dtype=self.dtype)
+        u = torch.rand(n, generator=rng, dtype=self.dtype)
+        if self.stratified:
+            u = (torch.randperm(n, generator=rng) + u) / n
+        eps = torch.randn(n, *self.shape, generator=rng, dtype=self.dtype)
+        cond = None
+        if self.classes:
+            labels = torch.randint(self.classes, (n,), generator=rng)
+            cond = one_hot(labels, self.classes, self.dtype)
+            if self.unlabelled:
+                cond = cond * (torch.rand(n, 1, generator=rng, dtype=self.dtype) >= self.unlabelled)
+        return Batch(z, u, eps, cond)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A `NoiseSource` whose batches carry data drawn with replacement, with the data's own labels."""
+
+    noise: NoiseSource
+    x: Tensor
+    y: Tensor | None
+
+    def __call__(self, step: int, turn: int) -> Iterator[Batch]:
+        rng = stream(self.noise.seed, "batch", step, turn)
+        batch = self.noise.draw(rng)
+        rows = torch.randint(len(self.x), (self.noise.batch,), generator=rng)
+        cond = batch.cond
+        if cond is not None and self.y is not None:
+            # the zero rows of the draw stay zero: label dropout
+            cond = one_hot(self.y[rows], self.noise.classes, self.noise.dtype) * cond.sum(1, keepdim=True)
+        batch = replace(batch, real=self.x[rows].to(self.noise.dtype), cond=cond)
+        yield from _cut(batch, self.noise.micro_batches)
+
+
+def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class numbers (B,) to condition rows (B, classes)."""
+    return torch.nn.functional.one_hot(labels, classes).to(dtype)
+
+
+def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
+    for rows in torch.arange(len(batch.z)).chunk(parts):
+        one = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield Batch(
+            batch.z[one],
+            batch.u[one],
+            batch.eps[one],
+            None if batch.cond is None else batch.cond[one],
+            None if batch.real is None else batch.real[one],
+        )

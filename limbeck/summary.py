@@ -1,0 +1,270 @@
+"""The end of a run: its model beside its teacher and the floor, as a table, report.json and report.html."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import artifact, config, data, features, report
+from limbeck.config import Recipe
+from limbeck.denoiser import Denoiser
+from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
+from limbeck.evaluate.draws import Sampler, generate, latents
+from limbeck.evaluate.judge import bundled_judge
+from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.features import Classifier
+from limbeck.files import write_atomically
+from limbeck.generator import Generator, Trajectory
+from limbeck.machine import machine, versions
+from limbeck.pictures import grid, png
+from limbeck.sample import heun
+
+if TYPE_CHECKING:
+    from limbeck.run import Job
+
+Panel = report.Picture | report.Scatter | report.Curve
+
+
+def judge_for(recipe: Recipe, teacher: Denoiser) -> Judge | None:
+    """Who scores samples of this teacher's law; None if there is nothing to compare with.
+
+    Raises:
+        ValueError: if the recipe's reference data or features do not fit the teacher.
+    """
+    settings = recipe.evaluate
+    if isinstance(teacher, Gaussian | Mixture | Empirical):
+        return ExactJudge(teacher, settings.seed)
+    if settings.data is None and settings.features is None:
+        judge = bundled_judge(recipe.teacher or recipe.data or "", settings.quantize)
+    elif settings.data is None or settings.features is None:
+        raise ValueError("evaluate: give both evaluate.data and evaluate.features, or neither")
+    else:
+        judge = _measured_judge(settings.data, settings.features, settings.quantize)
+    if judge is not None:
+        size = len(judge.reference.moments["pixel"][0])
+        if size != math.prod(teacher.shape):
+            raise ValueError(f"evaluate.data: reference samples have {size} values, the teacher's {teacher.shape}")
+    return judge
+
+
+def _measured_judge(source: str, network: str, quantized: bool) -> ImageJudge:
+    samples, module = data.load(source), features.load(network)
+    digest = artifact.fingerprint(module)
+    return ImageJudge(Reference.measure(samples, module, digest), module, samples.fingerprint(), quantized)
+
+
+def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int]:
+    """(sampler, NFE, latent shape, classes) of a generator, or of a denoiser by Heun's method.
+
+    Raises:
+        ValueError: for a model that draws no samples.
+    """
+    if isinstance(model, Generator):
+        return model, 1, model.latent_shape, model.classes
+    if isinstance(model, Denoiser):
+
+        def sample(z: Tensor, cond: Tensor | None) -> Tensor:
+            return heun(model, z, teacher_steps, cond=cond)
+
+        return sample, 2 * teacher_steps - 1, model.shape, model.classes
+    raise ValueError(f"{type(model).__name__}: draws no samples")
+
+
+@contextlib.contextmanager
+def progress(recipe: Recipe, start: int) -> Iterator[Callable[[int, Mapping[str, Tensor]], None]]:
+    """A progress bar on the terminal's error stream; silent where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("steps", total=recipe.steps, completed=start, loss="")
+
+        def moved(step: int, told: Mapping[str, Tensor]) -> None:
+            if step % 10 == 0 or step == recipe.steps:
+                loss = next((f"{name[5:]} {float(v):.3g}" for name, v in told.items() if name.startswith("loss/")), "")
+                bar.update(task, completed=step, loss=loss)
+
+        yield moved
+
+
+def conclude(job: Job, model: nn.Module, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Score the finished model, write report.json and report.html, and print the table."""
+    recipe = job.recipe
+    table = config.to_table(recipe)
+    rows = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
+    result: dict[str, Any] = {
+        "limbeck": versions()["limbeck"],
+        "kind": job.product,
+        "method": table["method"],
+        "teacher": recipe.teacher,
+        "data": recipe.data,
+        "steps": job.trainer.step,
+        "images": job.trainer.images,
+        "seconds": round(seconds, 1),
+        "seed": recipe.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "history": [row for row in rows if "metrics" in row],
+        "hashes": {"teacher" if recipe.teacher else "data": job.identity},
+        "recipe": table,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    panels: list[Panel] = []
+    if isinstance(model, Classifier) and job.held_out is not None:
+        result["student"] = {"metrics": {"held_out_accuracy": held_out_accuracy(model, job.held_out)}}
+    elif job.judge is not None:
+        result |= compare(job, model)
+        panels = figures(job, model)
+    write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(job.out / "report.html", report.render(result, panels, [r for r in rows if "metrics" not in r]))
+    for line in table_lines(result):
+        tell(line)
+    tell(f"report: {job.out / 'report.html'}")
+    return result
+
+
+def compare(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Scores of the model, of its teacher on the same noise, and of the truth."""
+    assert job.judge is not None
+    settings = job.recipe.evaluate
+    told: dict[str, Any] = {"student": dataclasses.asdict(_scores(job, model))}
+    if job.recipe.teacher is not None:
+        told["teacher_scores"] = dataclasses.asdict(_scores(job, job.trainer.teacher))
+    told["floor"] = {"metrics": job.judge.floor(settings.samples), "note": job.judge.note}
+    told["hashes"] = {"teacher" if job.recipe.teacher else "data": job.identity, **job.judge.hashes()}
+    return told
+
+
+def _scores(job: Job, model: nn.Module) -> Scores:
+    assert job.judge is not None
+    s = job.recipe.evaluate
+    sampler, nfe, shape, classes = sampler_of(model, s.teacher_steps)
+    return measure(sampler, nfe, job.judge, shape, classes, samples=s.samples, draws=s.draws, seed=s.seed)
+
+
+def held_out_accuracy(classifier: Classifier, held_out: data.Data) -> float:
+    """Share of held-out samples that the classifier names right."""
+    assert held_out.y is not None
+    predicted = features.in_batches(classifier.logits, held_out.x).argmax(1)
+    return float((predicted == held_out.y).double().mean())
+
+
+def figures(job: Job, model: nn.Module) -> list[Panel]:
+    """Samples of student and teacher from equal noise, the truth, the student's paths, and scores over time."""
+    settings, teacher = job.recipe.evaluate, job.trainer.teacher
+    makers = {"Student": model}
+    if job.recipe.teacher is not None:
+        makers["Teacher"] = teacher
+    panels: list[Panel] = []
+    plane = len(teacher.shape) == 1 and teacher.shape[0] == 2
+    clouds: dict[str, list[list[float]]] = {}
+    if plane and isinstance(teacher, Gaussian | Mixture | Empirical):
+        clouds["Target"] = teacher.sample(2000, torch.Generator().manual_seed(0)).tolist()
+    for name, maker in makers.items():
+        sampler, nfe, shape, classes = sampler_of(maker, settings.teacher_steps)
+        drawn = latents(settings.seed, range(2000 if plane else 100), shape, classes)
+        if drawn.labels is not None:
+            drawn = dataclasses.replace(drawn, labels=torch.arange(len(drawn.z)) // 10 % classes)
+        x = generate(sampler, drawn, classes)
+        calls = f"{nfe} network call{'s' if nfe > 1 else ''} per sample"
+        if plane:
+            clouds[f"{name}, {nfe} NFE"] = x.tolist()
+        elif x.ndim == 4:
+            rows = ", one class per row" if drawn.labels is not None else ""
+            panels.append(
+                report.Picture(name, f"{calls}; student and teacher start from equal noise{rows}.", png(grid(x, 10)))
+            )
+    if clouds:
+        panels.append(report.Scatter("Samples", "Student and teacher start from equal noise.", clouds))
+    name = job.recipe.teacher or job.recipe.data
+    if name == "digits":
+        real = data.load(name)
+        assert real.y is not None
+        picks = torch.cat([torch.nonzero(real.y == k)[:10, 0] for k in range(real.classes)])
+        panels.append(report.Picture("Real", "The data, one class per row.", png(grid(real.x[picks], 10))))
+    if isinstance(model, Trajectory):
+        panels += paths(model, teacher, settings.seed)
+    history = _history(job)
+    return panels + history
+
+
+def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
+    """The student's path x(z, t) beside the teacher's ODE from the same z, scaled to unit variance."""
+    levels = student.levels.grid(25)[:-1]
+    drawn = latents(seed, range(6), student.latent_shape, 0)
+    with torch.no_grad():
+        learned = student.trajectory(drawn.z, levels.to(drawn.z.dtype))
+        solved = heun(teacher, drawn.z, sigmas=levels, path=True)
+    shrink = torch.sqrt(teacher.sigma_data**2 + levels**2).reshape(-1, *(1,) * drawn.z.ndim)
+    learned, solved = ((path.double() / shrink).float() for path in (learned, solved))
+    text = "Each point is divided by sqrt(sigma_data^2 + sigma^2), so that noise and data have one scale."
+    if learned.ndim == 3 and learned.shape[2] == 2:
+        series = {
+            f"{name} {k + 1}": [(float(x), float(y)) for x, y in path[:, k]]
+            for k in range(len(drawn.z))
+            for name, path in (("student", learned), ("teacher", solved))
+        }
+        return [report.Curve("Paths from noise to data", text, "x", "y", series)]
+    if learned.ndim == 5:
+        strips = torch.stack([learned, solved], 1)[::3]  # levels, who, sample, C, H, W
+        rows = strips.permute(2, 1, 0, 3, 4, 5).flatten(0, 2) * teacher.sigma_data / 0.7
+        caption = f"Rows in pairs: student, then teacher, from the same noise; left is noise, right the sample. {text}"
+        return [report.Picture("Paths from noise to data", caption, png(grid(rows.clamp(-1, 1), len(strips))))]
+    return []
+
+
+def _history(job: Job) -> list[Panel]:
+    rows = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
+    scored = [row for row in rows if "metrics" in row]
+    key = next((k for k in ("fd_feature", "mmd") if scored and k in scored[0]["metrics"]), None)
+    if key is None or len(scored) < 2:
+        return []
+    told = [
+        report.Curve(
+            f"Score over {unit}", "On the validation indices, fewer samples than the table.", label, key,
+            {"student": [(row[unit], row["metrics"][key]) for row in scored]}, log_x=unit == "images", log_y=True,
+        )
+        for unit, label in (("images", "generator images"), ("seconds", "seconds"))
+    ]  # fmt: skip
+    return list(told)
+
+
+MAIN = (
+    "fd_feature", "fd_pixel", "class_accuracy", "class_balance", "mmd", "sliced_wasserstein", "log_density", "mode_recall",
+    "held_out_accuracy",
+)  # fmt: skip
+
+
+def table_lines(result: Mapping[str, Any]) -> list[str]:
+    """The scores as lines of text: one row per metric; student, teacher, floor."""
+    columns = {"student": result.get("student"), "teacher": result.get("teacher_scores"), "floor": result.get("floor")}
+    columns = {name: column for name, column in columns.items() if column}
+    if not columns:
+        return ["no scores: there is no reference for this teacher (set evaluate.data and evaluate.features)"]
+
+    def row(name: str, cells: list[str]) -> str:
+        return f"{name:20}" + "".join(f"{cell:>12}" for cell in cells)
+
+    lines = [row("", list(columns))]
+    for name, key in (("network calls", "nfe"), ("ms per sample", "ms_per_image")):
+        if any(key in column for column in columns.values()):
+            lines.append(row(name, [_cell(column.get(key)) for column in columns.values()]))
+    for name in MAIN:
+        if any(name in column["metrics"] for column in columns.values()):
+            lines.append(row(name, [_cell(column["metrics"].get(name)) for column in columns.values()]))
+    shares = [v for name, v in columns.get("student", {}).get("metrics", {}).items() if name.startswith("share_")]
+    if shares:
+        lines.append(row("share per mode", [f"{100 * min(shares):.1f}-{100 * max(shares):.1f}%"]))
+    return lines
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

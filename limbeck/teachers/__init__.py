@@ -1,0 +1,97 @@
+"""Teachers by name: bundled denoisers, exact laws, files."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from limbeck import artifact, data
+from limbeck.denoiser import Denoiser
+from limbeck.exact import Empirical, Gaussian, Mixture
+
+
+def ring8() -> Mixture:
+    """Eight equal Gaussians of std 0.1 on a circle of radius 2."""
+    angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    means = 2 * torch.stack([angles.cos(), angles.sin()], 1)
+    return Mixture([1.0] * 8, means.tolist(), 0.1)
+
+
+def mog40() -> Mixture:
+    """Forty equal Gaussians of std softplus(1), means uniform in [-40, 40]^2 from seed 0 (arXiv:2508.20646 and others)."""
+    means = (torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) - 0.5) * 2 * 40
+    return Mixture([1.0] * 40, means.tolist(), functional.softplus(torch.ones(())).item())
+
+
+def gaussian() -> Gaussian:
+    """A Gaussian in the plane of std 0.5, the scale that EDM assumes of data."""
+    return Gaussian([0.0, 0.0], 0.5)
+
+
+EXACT: dict[str, Callable[[], Denoiser]] = {"ring8": ring8, "mog40": mog40, "gaussian": gaussian}
+
+
+def load(source: str) -> Denoiser:
+    """A teacher, in eval mode.
+
+    Args:
+        source: "exact:ring8", "exact:mog40", "exact:gaussian"; "exact:FILE.toml", a mixture with `weights`, `means` and
+            `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher ("digits"); or a denoiser's
+            safetensors file or run folder, with or without "file:" in front.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "exact" and rest:
+        return _exact(rest).eval()
+    try:
+        path = artifact.locate(rest if kind == "file" and rest else source, "denoiser")
+    except ValueError:
+        raise ValueError(
+            f"teacher: no file or bundled teacher {source!r}; expected digits, exact:{'|'.join(EXACT)}, "
+            "exact:FILE.toml, exact:FILE.npz or file:PATH"
+        ) from None
+    denoiser: Denoiser = artifact.load(path, "denoiser")
+    return denoiser
+
+
+def _exact(name: str) -> Denoiser:
+    if name in EXACT:
+        return EXACT[name]()
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"teacher: no exact law {name!r}; expected {', '.join(EXACT)} or a .toml or .npz file")
+    if path.suffix == ".toml":
+        return read_mixture(path)
+    if path.suffix == ".npz":
+        return Empirical(data.read_npz(path, path.name).x)
+    raise ValueError(f"teacher: {name}: an exact law is a .toml file (mixture) or an .npz file (points)")
+
+
+def read_mixture(path: Path) -> Mixture:
+    """A TOML file with `weights` (K), `means` (K rows) and `stds` (a number or K).
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    keys = ("weights", "means", "stds")
+    for key in keys:
+        if key not in table:
+            raise ValueError(f"{path}: {key} is missing; a mixture has {', '.join(keys)}")
+    for key in table:
+        if key not in keys:
+            raise ValueError(f"{path}: {key} is not a key of a mixture; it has {', '.join(keys)}")
+    try:
+        return Mixture(table["weights"], table["means"], table["stds"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,110 @@
+"""What `limbeck teach` trains: denoisers by EDM's loss, and the classifiers whose features evaluation uses.
+
+Both are objectives like any distillation method, so that the trainer, checkpoints, resuming and schedules are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from limbeck.denoiser import Denoiser
+from limbeck.features import Classifier
+from limbeck.generator import Generator
+from limbeck.losses import denoising
+from limbeck.noise import LogNormal
+from limbeck.objective import Batch, Turn, perturb
+from limbeck.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Denoising score matching in EDM's form (Karras et al. 2022, arXiv:2206.00364).
+
+    Attributes:
+        levels: training law of the noise, in units of sigma_data / 0.5.
+        label_dropout: share of samples trained without their label, for guidance and unconditional sampling.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    product: ClassVar[str] = "denoiser"
+
+    levels: LogNormal = field(default_factory=LogNormal)
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _share("label_dropout", self.label_dropout)
+
+    def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
+        return {"denoiser": copy.deepcopy(template)}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"denoiser": Optimizer("adam", lr=1e-3, betas=(0.9, 0.99), schedule="cosine", warmup=200)}
+
+    def turns(self, step: int, images: int) -> Iterable[Turn]:
+        yield Turn(("denoiser",), self.loss)
+
+    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+        """EDM's weighted squared error per sample (B,)."""
+        denoiser = cast(Denoiser, nets["denoiser"])
+        assert batch.real is not None
+        sigma = self.levels.scaled(denoiser.unit).quantile(batch.u)
+        estimate = denoiser(perturb(batch.real, sigma, batch.eps), sigma, batch.cond)
+        return denoising(estimate, batch.real, sigma, denoiser.sigma_data) / denoiser.unit**2
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy with label smoothing, on slightly noised images.
+
+    Attributes:
+        width: channels at full resolution.
+        features: size of the last hidden layer.
+        dropout: probability at which features are dropped.
+        smoothing: mass that label smoothing moves to the other classes.
+        noise: standard deviation of noise added to the images, in units of sigma_data / 0.5.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    product: ClassVar[str] = "classifier"
+
+    width: int = 32
+    features: int = 64
+    dropout: float = 0.3
+    smoothing: float = 0.05
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "smoothing"):
+            _share(name, getattr(self, name))
+        for name in ("width", "features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise: must not be negative, got {self.noise}")
+
+    def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
+        return {"classifier": Classifier(template.shape, template.classes, self.width, self.features, self.dropout)}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"classifier": Optimizer("adamw", lr=1e-3, weight_decay=0.02, schedule="cosine", warmup=100)}
+
+    def turns(self, step: int, images: int) -> Iterable[Turn]:
+        yield Turn(("classifier",), self.loss)
+
+    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+        """Cross-entropy per sample (B,)."""
+        assert batch.real is not None and batch.cond is not None
+        logits = cast(Classifier, nets["classifier"]).logits(batch.real + self.noise * teacher.unit * batch.eps)
+        return functional.cross_entropy(logits, batch.cond.argmax(1), reduction="none", label_smoothing=self.smoothing)
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: must lie in [0, 1), got {value}")

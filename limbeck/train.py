@@ -1,0 +1,178 @@
+"""The trainer plays an objective's turns. It owns the players, their optimisers, the moving average and the counters.
+
+It does not log, evaluate or save, and it knows no method by name:
+
+    trainer = Trainer(PID(), teacher, template, seed=0, steps=1000)
+    for _ in range(1000):
+        losses = trainer.advance(source)
+
+`source(step, turn)` yields the micro-batches of one turn. A turn's gradient is the mean over all their samples, so that
+k micro-batches are one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.denoiser import Denoiser
+from limbeck.ema import EMA, Average
+from limbeck.generator import Generator
+from limbeck.objective import Batch, Objective, Turn
+from limbeck.optimizer import Optimizer
+from limbeck.randomness import seed_of
+
+Source = Callable[[int, int], Iterable[Batch]]
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient was NaN or Inf. The update was not applied: weights are those of the step before."""
+
+
+class Trainer:
+    """Players, optimisers, moving average and counters of one run.
+
+    Args:
+        objective: the method.
+        teacher: a denoiser, in eval mode, never trained.
+        template: the denoiser from whose copies the players are made.
+        optimizer: settings by player; a player that is missing keeps the objective's default.
+        steps: length of the run, for learning-rate schedules.
+        ema: the moving average of the objective's product.
+        clip: largest gradient norm per player; None = no clipping.
+        seed: key of dropout and of fresh networks' weights.
+        generator: a given generator (GAN refinement) in place of the one that the objective builds.
+
+    Attributes:
+        step: steps taken.
+        images: samples of the product's turns so far.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Denoiser,
+        template: Denoiser,
+        optimizer: Mapping[str, Optimizer] | None = None,
+        *,
+        steps: int,
+        ema: Average | None = None,
+        clip: float | None = None,
+        seed: int = 0,
+        generator: Generator | None = None,
+    ) -> None:
+        self.objective, self.seed, self.steps, self.clip = objective, seed, steps, clip
+        self.teacher = teacher.eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "players"))
+            self.nets = nn.ModuleDict(objective.players(template, generator))
+        self.nets.eval().requires_grad_(False)
+        settings = {**objective.optimizers(), **(optimizer or {})}
+        for name in settings:
+            if name not in self.nets:
+                raise ValueError(f"optimizer.{name}: no such player, this method has {', '.join(self.nets)}")
+        self.settings = settings
+        self.optimizers = {name: s.build(self.nets[name].parameters()) for name, s in settings.items()}
+        self.ema = EMA(self.nets[objective.product], ema or Average())
+        self.step = self.images = 0
+
+    def advance(self, source: Source) -> dict[str, Tensor]:
+        """One step: all turns of the objective.
+
+        Returns:
+            0-d tensors: loss/TURN, grad_norm/PLAYER, lr/PLAYER.
+
+        Raises:
+            NonFinite: before the update of the turn concerned.
+        """
+        told: dict[str, Tensor] = {}
+        images = 0
+        for index, turn in enumerate(self.objective.turns(self.step, self.images)):
+            count = self._play(index, turn, source(self.step, index), told)
+            if self.objective.product in turn.players:
+                images += count
+        if images:
+            self.ema.update(self.nets[self.objective.product], self.images, images)
+        self.step += 1
+        self.images += images
+        return told
+
+    def _play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
+        players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
+        micro = list(batches)
+        count = sum(len(batch.z) for batch in micro)
+        loss = micro[0].z.new_zeros(())
+        # dropout is the only user of the global generator; it gets a stream of its own and gives the old one back
+        with torch.random.fork_rng(devices=[]):
+            for number, batch in enumerate(micro):
+                torch.manual_seed(seed_of(self.seed, "dropout", self.step, index, number))
+                part = turn.loss(self.nets, self.teacher, batch).sum() / count
+                part.backward()
+                loss = loss + part.detach()
+        norms = {name: _gradient_norm(player) for name, player in players.items()}
+        key = "+".join(turn.players)
+        if not all(torch.isfinite(value) for value in (loss, *norms.values())):
+            self._rest(players)
+            raise NonFinite(
+                f"the turn of {key} at step {self.step} (seed {self.seed}) gave a loss of {loss.item():g} and gradient "
+                f"norms of {', '.join(f'{norm.item():g}' for norm in norms.values())}; the update was not applied"
+            )
+        for name, player in players.items():
+            if self.clip is not None and norms[name] > self.clip:
+                torch._foreach_mul_([p.grad for p in player.parameters()], (self.clip / norms[name]).item())
+            rate = self.settings[name].rate(self.step, self.steps)
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate
+            self.optimizers[name].step()
+            told[f"grad_norm/{name}"] = norms[name]
+            told[f"lr/{name}"] = torch.tensor(rate)
+        told[f"loss/{key}"] = loss
+        self._rest(players)
+        return count
+
+    def _rest(self, players: Mapping[str, nn.Module]) -> None:
+        for player in players.values():
+            player.zero_grad(set_to_none=True)
+            player.eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser states by parameter name, moving average and counters."""
+        return {
+            "step": self.step,
+            "images": self.images,
+            "nets": {name: net.state_dict() for name, net in self.nets.items()},
+            "ema": self.ema.state_dict(),
+            "optimizers": {name: _moments(self.nets[name], optimizer) for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, strictly."""
+        for name, net in self.nets.items():
+            net.load_state_dict(state["nets"].get(name, {}))
+        self.ema.load_state_dict(state["ema"])
+        for name, optimizer in self.optimizers.items():
+            _restore(self.nets[name], optimizer, state["optimizers"].get(name, {}))
+        self.step, self.images = int(state["step"]), int(state["images"])
+
+
+def _gradient_norm(player: nn.Module) -> Tensor:
+    for parameter in player.parameters():
+        if parameter.grad is None:  # a parameter that the loss did not reach moves as if its gradient were 0
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [p.grad for p in player.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Optimiser state by parameter name: torch's own state_dict counts parameters instead."""
+    return {name: dict(optimizer.state[p]) for name, p in player.named_parameters() if p in optimizer.state}
+
+
+def _restore(player: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    optimizer.state.clear()
+    for name, parameter in player.named_parameters():
+        if name in moments:
+            optimizer.state[parameter] = {key: value.clone() for key, value in moments[name].items()}
