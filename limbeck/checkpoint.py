@@ -22,7 +22,9 @@ SEPARATOR = "/"
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write `state` (nested dictionaries of tensors, numbers and strings) as `folder/ckpt-STEP`; keep the newest `keep`.
+    """Write `state` (nested dictionaries of tensors, numbers and strings) as `folder/ckpt-STEP`.
+
+    Only the newest `keep` checkpoints stay.
 
     Raises:
         OSError: e.g. on a full disk; earlier checkpoints are then intact and nothing is left behind.

@@ -195,7 +195,7 @@ def _recipe(words: list[str], keys: dict[str, Any], field: str) -> tuple[dict[st
     if not isinstance(out, str):
         raise Mistake("out: is missing; give a run folder with --out DIR")
     is_file = source.endswith(".toml") and not source.startswith("exact:")
-    table = config.read_toml(Path(source)) if is_file else {field: source}
+    table: dict[str, Any] = config.read_toml(Path(source)) if is_file else {field: source}
     method = table.get("method")
     if is_file and isinstance(method, dict) and ":" in str(method.get("name", "")) and "method" not in keys:
         raise Mistake(f"method.name: {method['name']!r} names code; give it on the command line with --method")

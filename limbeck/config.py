@@ -88,7 +88,7 @@ class Recipe:
         method: the objective, by name with its hyper-parameters.
         teacher: what is distilled (`limbeck distill`).
         data: what is learned (`limbeck teach`).
-        template: the student's network and its arguments; empty = the teacher's own, or one chosen by the samples' shape.
+        template: the student's network and its arguments; empty = the teacher's own, or one that suits the shape.
         steps: length of the run.
         batch: samples of one turn.
         micro_batches: parts in which a turn's batch is computed, to save memory.

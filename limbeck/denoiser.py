@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
         return self.sigma_data / 0.5
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Clean estimate E[x_0 | x] (B, *shape), for x (B, *shape), sigma a scalar or (B,), cond None or (B, classes)."""
+        """E[x_0 | x] (B, *shape) for x (B, *shape), sigma a scalar or (B,), cond None or (B, classes)."""
         raise NotImplementedError
 
     def labels(self, cond: Tensor | None, x: Tensor) -> Tensor | None:

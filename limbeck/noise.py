@@ -44,9 +44,9 @@ def _check_range(sigma_min: float, sigma_max: float) -> None:
 
 @dataclass(frozen=True)
 class Karras(Levels):
-    """sigma^(1/rho) uniform between sigma_min and sigma_max: sampler grids of EDM; with `stop` = 0.8 SiD's training law.
+    """sigma^(1/rho) uniform between sigma_min and sigma_max: the sampler grids of EDM.
 
-    `stop` < 1 draws only the lowest part, u' = stop * u.
+    `stop` < 1 draws only the lowest part, u' = stop * u; 0.8 is the training law of SiD.
     """
 
     sigma_min: float = 0.002

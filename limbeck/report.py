@@ -3,7 +3,7 @@
 A page loads nothing: style, script, pictures and data lie in the file, and a content security policy with the hash of
 the one script makes the browser refuse everything else, so that a hostile name in a report can neither run nor call
 out. Curves are drawn here, as SVG, and need no script; the script adds read-outs, sorting and the light/dark switch.
-Colours follow Tufte's rule of one meaning each: student, teacher and data keep theirs through the whole page.
+Student, teacher and data keep one colour each through the whole page.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "sid": ("SiD", "the student shrinks the gap between the teacher's clean estimate and that of a tracking network"),
     "uni_instruct": (
         "Uni-Instruct",
-        "the student shrinks a chosen f-divergence to the teacher, summed over all noise levels",
+        "the student shrinks a chosen f-divergence to the teacher, written as a sum over noise levels",
     ),
     "vardiu": (
         "VarDiU",
@@ -361,7 +361,7 @@ def history_curves(report: Mapping[str, Any]) -> list[Curve]:
         if not points or (metric.echoes and any(metric.echoes == curve.title for curve in curves)):
             continue
         values = [y for _, y in points]
-        wide = not metric.percent and min(values) > 0 and max(values) > 20 * min(values)
+        decades = not metric.percent and min(values) > 0 and max(values) > 20 * min(values)
         levels = {"teacher": run.teacher_scores.score(key), "floor": run.floor.score(key)}
         curves.append(
             Curve(
@@ -370,7 +370,7 @@ def history_curves(report: Mapping[str, Any]) -> list[Curve]:
                 x_label=f"{run.noun}s" if unit == "images" else "training step",
                 y_label=AIMS[metric.aim] + (", in %" if metric.percent else ""),
                 series={"student": points},
-                log_y=wide,
+                log_y=decades,
                 lines={name: scale * level for name, level in levels.items() if level is not None},
             )
         )
@@ -574,7 +574,7 @@ def _duration(seconds: float) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{_figure(1000 * value)} µs" if value < 0.01 else f"{_figure(value)} ms"
+    return f"{_figure(1000 * value)}\N{NO-BREAK SPACE}µs" if value < 0.01 else f"{_figure(value)}\N{NO-BREAK SPACE}ms"
 
 
 def _value(metric: Metric | None, value: float) -> str:
@@ -965,9 +965,7 @@ def _summary(run: _Run) -> list[str]:
     key = run.headline
     ours, theirs = (student.score(key), teacher.score(key)) if key else (None, None)
     if key and ours and theirs and ours > 0 and theirs > 0:
-        name = METRICS[key].name
-        name = name if name[:2].isupper() else name[0].lower() + name[1:] if not name.startswith("Fr") else name
-        claims.append(f"scores {_figure(ours / theirs, 2)}× the teacher's {name} (lower is better)")
+        claims.append(f"scores {_figure(ours / theirs, 2)}× the teacher's {METRICS[key].name} (lower is better)")
     right = student.score("held_out_accuracy")
     if right is not None:
         claims.append(f"names {_percent(right)} of the samples right that were kept out of its training")
@@ -1112,7 +1110,7 @@ def _shares(run: _Run) -> _Html | None:
         else "Every mode receives samples."
     )
     caption += " One bar is one mode of the target, its height the share of the student's samples that lie there."
-    caption += f" The dark mark is the share of the {reference.name.lower()}." if reference else ""
+    caption += f" The line at a bar marks the share of the {reference.name.lower()}." if reference else ""
     bars = _el("div.bars", _drawing(*marks))
     return _el("div.panels.under", _frame("Samples per mode", caption, bars, full=True))
 

@@ -143,7 +143,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
 
 
 def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
-    """The denoiser from which players are copied: the recipe's network, the teacher's own, or one that suits the shape."""
+    """The denoiser of which players are copies: the recipe's network, the teacher's own, or one for the shape."""
     options = dict(recipe.template)
     name = options.pop("network", None)
     if name is None and not options and isinstance(teacher, Preconditioned):

@@ -3,13 +3,14 @@
 Karras et al. (2022), arXiv:2206.00364, Algorithm 1 (Heun, no churn); Euler is DDIM (Song et al. 2020,
 arXiv:2010.02502) in this coordinate; ancestral sampling is DDPM's (Ho et al. 2020, arXiv:2006.11239).
 
-All take z ~ N(0, I) (B, *shape), scale it to the first level themselves and return the sample in z's dtype. The state is
-kept in float64, as EDM does; the denoiser sees z's dtype. `levels=None` is `Karras()` in the denoiser's units, cut to
-its range of noise levels; `sigmas`, a decreasing 1-D tensor, replaces the grid altogether.
+All take z ~ N(0, I) (B, *shape), scale it to the first level themselves and return the sample in z's dtype. The state
+is kept in float64, as EDM does; the denoiser sees z's dtype. `levels=None` is `Karras()` in the denoiser's units, cut
+to its range of noise levels; `sigmas`, a decreasing 1-D tensor, replaces the grid altogether.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +40,7 @@ def _clean(denoiser: Denoiser, x: Tensor, sigma: Tensor, z: Tensor, cond: Tensor
 def _heun(denoiser: Denoiser, z: Tensor, sigmas: list[Tensor], cond: Tensor | None) -> Iterator[Tensor]:
     x = z.double() * sigmas[0]
     yield x
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in itertools.pairwise(sigmas):
         slope = (x - _clean(denoiser, x, t, z, cond)) / t
         ahead = x + (s - t) * slope
         if s > 0:
@@ -51,7 +52,7 @@ def _heun(denoiser: Denoiser, z: Tensor, sigmas: list[Tensor], cond: Tensor | No
 def _euler(denoiser: Denoiser, z: Tensor, sigmas: list[Tensor], cond: Tensor | None) -> Iterator[Tensor]:
     x = z.double() * sigmas[0]
     yield x
-    for t, s in zip(sigmas, sigmas[1:], strict=False):
+    for t, s in itertools.pairwise(sigmas):
         # x + (s - t)(x - D)/t as a convex combination: exact at s = 0 and free of the 1/t at small t
         x = s / t * x + (1 - s / t) * _clean(denoiser, x, t, z, cond)
         yield x
@@ -115,7 +116,7 @@ def ancestral(
     """
     walk = _sigmas(denoiser, steps, levels, sigmas)
     x = z.double() * walk[0]
-    for t, s in zip(walk, walk[1:], strict=False):
+    for t, s in itertools.pairwise(walk):
         clean = _clean(denoiser, x, t, z, cond)
         noise = torch.randn(z.shape, generator=generator, dtype=torch.float64, device=z.device)
         x = clean + (s / t) ** 2 * (x - clean) + s * torch.sqrt(1 - (s / t) ** 2) * noise

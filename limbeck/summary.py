@@ -184,9 +184,8 @@ def figures(job: Job, model: nn.Module) -> list[Panel]:
             )
     if clouds:
         panels.append(report.Scatter("Samples", "Student and teacher start from equal noise.", clouds))
-    name = job.recipe.teacher or job.recipe.data
-    if name == "digits":
-        real = data.load(name)
+    if "digits" in (job.recipe.teacher, job.recipe.data):
+        real = data.load("digits")
         assert real.y is not None
         picks = torch.cat([torch.nonzero(real.y == k)[:10, 0] for k in range(real.classes)])
         panels.append(report.Picture("Real", "The data, one class per row.", png(grid(real.x[picks], 10))))
@@ -238,15 +237,15 @@ def _history(job: Job) -> list[Panel]:
 
 
 MAIN = (
-    "fd_feature", "fd_pixel", "class_accuracy", "class_balance", "mmd", "sliced_wasserstein", "log_density", "mode_recall",
-    "held_out_accuracy",
+    "fd_feature", "fd_pixel", "class_accuracy", "class_balance", "mmd", "sliced_wasserstein", "log_density",
+    "mode_recall", "held_out_accuracy",
 )  # fmt: skip
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """The scores as lines of text: one row per metric; student, teacher, floor."""
-    columns = {"student": result.get("student"), "teacher": result.get("teacher_scores"), "floor": result.get("floor")}
-    columns = {name: column for name, column in columns.items() if column}
+    places = {"student": "student", "teacher": "teacher_scores", "floor": "floor"}
+    columns: dict[str, Any] = {name: result[key] for name, key in places.items() if result.get(key)}
     if not columns:
         return ["no scores: there is no reference for this teacher (set evaluate.data and evaluate.features)"]
 

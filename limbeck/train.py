@@ -122,7 +122,7 @@ class Trainer:
             )
         for name, player in players.items():
             if self.clip is not None and norms[name] > self.clip:
-                torch._foreach_mul_([p.grad for p in player.parameters()], (self.clip / norms[name]).item())
+                torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).item())
             rate = self.settings[name].rate(self.step, self.steps)
             for group in self.optimizers[name].param_groups:
                 group["lr"] = rate
@@ -162,8 +162,11 @@ def _gradient_norm(player: nn.Module) -> Tensor:
     for parameter in player.parameters():
         if parameter.grad is None:  # a parameter that the loss did not reach moves as if its gradient were 0
             parameter.grad = torch.zeros_like(parameter)
-    grads = [p.grad for p in player.parameters() if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_gradients(player))))
+
+
+def _gradients(player: nn.Module) -> list[Tensor]:
+    return [p.grad for p in player.parameters() if p.grad is not None]
 
 
 def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from limbeck import artifact, summary
 from limbeck.config import Evaluation, Recipe
 from limbeck.data import load
+from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Reference, measure
 from limbeck.features import Classifier
 from limbeck.features import load as load_features
@@ -44,7 +45,9 @@ def main() -> None:
         reference.save(artifact.bundled(f"{name}-reference.npz"))
     else:
         recipe = Recipe(Denoising(), data=name, evaluate=Evaluation())
+        assert isinstance(model, Denoiser)
         judge = summary.judge_for(recipe, model)
+        assert judge is not None
         sampler, nfe, shape, classes = summary.sampler_of(model, recipe.evaluate.teacher_steps)
         scores = measure(sampler, nfe, judge, shape, classes, samples=recipe.evaluate.samples)
         facts["scores"] = {"nfe": nfe, **scores.metrics}

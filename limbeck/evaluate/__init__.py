@@ -55,7 +55,7 @@ def measure(
     seed: int = 0,
     first: int = 0,
 ) -> Scores:
-    """Score `draws` sets of `samples` samples; draw k uses the indices first + k samples ... first + (k + 1) samples - 1.
+    """Score `draws` sets of `samples` samples; draw k uses the `samples` indices from first + k * samples.
 
     Args:
         sampler: called as sampler(z, cond).

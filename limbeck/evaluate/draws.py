@@ -52,5 +52,5 @@ def generate(sampler: Sampler, drawn: Latents, classes: int, batch: int = 500) -
 
 
 def quantize(x: Tensor) -> Tensor:
-    """Images in [-1, 1] rounded to the 8-bit values that a file would hold: trunc(clip(127.5 x + 128, 0, 255)), as EDM."""
+    """Images in [-1, 1] at the 8-bit values that a file would hold: trunc(clip(127.5 x + 128, 0, 255)), as EDM does."""
     return (127.5 * x + 128).clamp(0, 255).floor() / 127.5 - 1

@@ -140,8 +140,8 @@ class ImageJudge:
     @property
     def note(self) -> str:
         return (
-            f"fd: 10,000 bootstrap draws of the {self.reference.count:,} real images against all of them; fd halves: two "
-            "halves of the real set against each other; class accuracy: of the classifier on the real images"
+            f"fd: 10,000 bootstrap draws of the {self.reference.count:,} real images against all of them; fd halves: "
+            "two halves of the real set against each other; class accuracy: of the classifier on the real images"
         )
 
     def hashes(self) -> dict[str, str]:
@@ -152,8 +152,8 @@ class ImageJudge:
 class ExactJudge:
     """Log-density, MMD, sliced Wasserstein distance and modes against an exact law.
 
-    MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments in units of the law's sigma_data, against
-    as many fresh samples of the law.
+    MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments (arXiv:2508.20646) in units of the
+    law's sigma_data, against as many fresh samples of the law.
     """
 
     target: Gaussian | Mixture | Empirical

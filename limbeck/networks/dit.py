@@ -1,4 +1,4 @@
-"""A small diffusion transformer (Peebles & Xie 2022, arXiv:2212.09748): patches, adaptive layer norm, zero-initialised gates."""
+"""A small diffusion transformer (Peebles & Xie 2022, arXiv:2212.09748): patches, adaptive layer norm, zero gates."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class NoiseEmbedding(nn.Module):
     """c_noise (B,) -> (B, width): cos and sin at geometric frequencies, then two layers.
 
-    c_noise = ln(sigma)/4 spans about 2.7 over EDM's range; frequencies from pi/4 to 8 pi resolve a factor e in sigma and
-    keep the embedding smooth in between.
+    c_noise = ln(sigma)/4 spans about 2.7 over EDM's range; frequencies from pi/4 to 8 pi resolve a factor e in sigma
+    and keep the embedding smooth in between.
     """
 
     frequencies: Tensor

@@ -53,7 +53,7 @@ class MLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Raw network output of the shape of x (B, *shape), for c_noise (B,) and condition rows (B, classes) or None."""
+        """Raw output of the shape of x (B, *shape), for c_noise (B,) and condition rows (B, classes) or None."""
         embedding = self.noise(noise)
         if self.label is not None and cond is not None:
             embedding = embedding + self.label(cond)

@@ -23,7 +23,7 @@ def ring8() -> Mixture:
 
 
 def mog40() -> Mixture:
-    """Forty equal Gaussians of std softplus(1), means uniform in [-40, 40]^2 from seed 0 (arXiv:2508.20646 and others)."""
+    """Forty equal Gaussians of std softplus(1), means uniform in [-40, 40]^2 from seed 0 (arXiv:2508.20646)."""
     means = (torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) - 0.5) * 2 * 40
     return Mixture([1.0] * 40, means.tolist(), functional.softplus(torch.ones(())).item())
 
