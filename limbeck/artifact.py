@@ -6,12 +6,13 @@ that opening a file can never run code from it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,14 @@ def describe(module: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: for a module that Limbeck cannot rebuild from names and numbers.
     """
-    card = getattr(module, "card", None)
-    if card is None:
-        raise ValueError(f"{type(module).__name__}: cannot be stored in a file, it is not one of Limbeck's own classes")
-    described: dict[str, Any] = card()
+    any_module: Any = module
+    try:
+        described: dict[str, Any] = any_module.card()
+    except AttributeError as error:  # "'Mine' object has no attribute 'name'"
+        raise ValueError(
+            f"{type(module).__name__}: cannot be stored in a file, its parts are not all Limbeck's own ({error}); "
+            "template.network gives a student one of Limbeck's networks"
+        ) from None
     return described
 
 
@@ -96,6 +101,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         card = json.loads(text)
         version, kind = card["format"], card["kind"]
+        dict(card.get("recipe", {}))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path}: its card is damaged") from None
     if version != FORMAT:
@@ -114,12 +120,18 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    try:
-        module = _BUILDERS[kind](card["card"])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its card does not describe a {kind} ({error})") from None
-    _fill(module, safetensors.torch.load_file(str(path)), path)
-    return module.eval()
+    tensors = safetensors.torch.load_file(str(path))
+    with _reading(path, kind), torch.device("meta"):
+        # a size, or a number of blocks, of which the file cannot hold one byte each
+        if _largest(card["card"]) > max(os.path.getsize(path), 2**16):
+            raise ValueError("it claims a network larger than the file")
+        wanted = _BUILDERS[kind](card["card"]).state_dict()
+    _compare(wanted, tensors, path)  # before memory is taken for sizes that a card merely claims
+    with _reading(path, kind), torch.random.fork_rng(devices=[]):
+        module = _BUILDERS[kind](card["card"]).eval()
+        module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+        _try_out(module)
+    return module
 
 
 def load_generator(path: str | os.PathLike[str]) -> Generator:
@@ -144,8 +156,24 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    wanted = module.state_dict()
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Whatever a strange card makes a constructor raise is the file's fault."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: its card does not describe a {kind} ({reason})") from None
+
+
+def _largest(value: Any) -> int:
+    """The largest integer in nested lists and dictionaries."""
+    if isinstance(value, Mapping | list):
+        return max(map(_largest, value.values() if isinstance(value, Mapping) else value), default=0)
+    return value if isinstance(value, int) else 0
+
+
+def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     if wanted.keys() != tensors.keys():
         odd = sorted(wanted.keys() ^ tensors.keys())[0]
         raise ValueError(f"{path}: {odd} is {'missing' if odd in wanted else 'not part of the network'}")
@@ -154,7 +182,15 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathL
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} contains NaN or Inf")
-    module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+
+
+@torch.no_grad()
+def _try_out(module: Any) -> None:
+    """One call on zeros: numbers of a card that do not fit each other fail here, not later in the user's hands."""
+    level = (torch.ones(1),) if isinstance(module, Denoiser) else ()
+    call = getattr(module, "logits", module)  # a classifier's own call stops at its features
+    if not torch.isfinite(call(torch.zeros(1, *module.shape), *level)).all():
+        raise ValueError("its output is not finite")
 
 
 def _denoiser(card: Mapping[str, Any]) -> Denoiser:

@@ -24,7 +24,8 @@ SEPARATOR = "/"
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     """Write `state` (nested dictionaries of tensors, numbers and strings) as `folder/ckpt-STEP`.
 
-    Only the newest `keep` checkpoints stay.
+    Only the newest `keep` checkpoints stay. Those of later steps go too, because `load_newest` has found them damaged.
+    The folder has one writer at a time.
 
     Raises:
         OSError: e.g. on a full disk; earlier checkpoints are then intact and nothing is left behind.
@@ -35,7 +36,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     tensors: dict[str, Tensor] = {}
     rest = _split(state, "", tensors)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in folder.glob(".tmp-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         _write(temporary / "state.safetensors", safetensors.torch.save(tensors))
         _write(temporary / "state.json", json.dumps(rest).encode())
@@ -49,8 +51,10 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _all(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    checkpoints = _all(folder)
+    newest = checkpoints.index(final)
+    for other in checkpoints[:newest] + checkpoints[newest + keep :]:
+        shutil.rmtree(other, ignore_errors=True)
     return final
 
 
@@ -76,7 +80,11 @@ def load_newest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | N
 
 def _all(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first."""
-    return sorted((p for p in folder.glob("ckpt-*") if p.name[5:].isdigit()), reverse=True)
+    return sorted((p for p in folder.glob("ckpt-*") if p.name[5:].isdecimal()), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -84,6 +92,8 @@ def _load(path: Path) -> dict[str, Any]:
     for name in ("state.safetensors", "state.json"):
         if sha256(path / name) != manifest["sha256"][name]:
             raise ValueError(f"{name} does not match its hash")
+    if manifest["step"] != _step(path):
+        raise ValueError(f"manifest.json is that of step {manifest['step']}")
     tensors = safetensors.torch.load_file(str(path / "state.safetensors"))
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     for name, tensor in tensors.items():

@@ -9,6 +9,7 @@ Nothing heavy is imported before the arguments are known, so that help answers a
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -38,7 +39,16 @@ class Mistake(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
@@ -60,13 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("stopped; what was saved is intact", 130)
-    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except (OSError, ArithmeticError, MemoryError) as error:
         return _fail(error, 1)
     except Exception as error:  # run.Stopped, without importing torch here
         code = getattr(error, "code", None)
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's form of a MemoryError
+            return _fail("out of memory; ask for less at once (batch, count, samples, template)", 1)
         if not isinstance(code, int):
             raise
         return _fail(error, code)
@@ -77,7 +88,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Words, and `--key value`, `--key=value` and flags as a dictionary of strings (lists and tables parsed as TOML).
 
     Raises:
-        Mistake: for a key without a value, or given twice.
+        Mistake: for a key without a value or a flag with one, or a key given twice.
     """
     words: list[str] = []
     keys: dict[str, Any] = {}
@@ -90,15 +101,19 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, equals, value = item[2:].partition("=")
         key = key.replace("-", "_")
-        if key in (*FLAGS, "help") and not equals:
+        if key in (*FLAGS, "help"):
+            if equals:
+                raise Mistake(f"--{key}: takes no value")
             keys[key] = "true"
             continue
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
                 raise Mistake(f"--{key}: needs a value")
-        if not key or key in keys:
-            raise Mistake(f"--{key}: is given twice" if key else "--: is not a key")
+        if not all(key.split(".")):
+            raise Mistake(f"--{key}: is not a key")
+        if key in keys:
+            raise Mistake(f"--{key}: is given twice")
         keys[key] = _value(value)
     return words, keys
 
@@ -176,17 +191,28 @@ class ReferenceOptions:
     features: str
     out: str
 
+    def __post_init__(self) -> None:
+        if Path(self.out).suffix != ".npz":
+            raise ValueError(f"out: must end in .npz, got {self.out}")
+
 
 def _methods(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.methods import TABLE
 
     _known(keys, ())
+    if words:
+        raise Mistake(f"{words[0]}: `limbeck methods` takes no argument")
     for name, entry in TABLE.items():
         print(f"{name:15} {entry.title} ({entry.paper})")
 
 
-def _recipe(words: list[str], keys: dict[str, Any], field: str) -> tuple[dict[str, Any], Path, bool]:
-    """The recipe table of SOURCE (a recipe file or a teacher or data set) with the keys of the command line."""
+def _recipe(words: list[str], keys: dict[str, Any], field: str, default: str) -> tuple[dict[str, Any], Path, bool]:
+    """The recipe table of SOURCE (a recipe file or a teacher or data set) with the keys of the command line.
+
+    Args:
+        field: the key that SOURCE is, if it is no recipe file.
+        default: the method, if none is named.
+    """
     from limbeck import config
 
     source = _one(words, "SOURCE")
@@ -196,15 +222,16 @@ def _recipe(words: list[str], keys: dict[str, Any], field: str) -> tuple[dict[st
         raise Mistake("out: is missing; give a run folder with --out DIR")
     is_file = source.endswith(".toml") and not source.startswith("exact:")
     table: dict[str, Any] = config.read_toml(Path(source)) if is_file else {field: source}
-    method = table.get("method")
-    if is_file and isinstance(method, dict) and ":" in str(method.get("name", "")) and "method" not in keys:
+    method = table.get("method", {})
+    if isinstance(method, str):
+        method = {"name": method}
+    if isinstance(method, dict) and ":" in str(method.get("name", "")) and "method" not in keys:
         raise Mistake(f"method.name: {method['name']!r} names code; give it on the command line with --method")
-    if "method" in keys:
-        table["method"] = {"name": keys.pop("method")}
-    elif isinstance(method, str):
-        table["method"] = {"name": method}
+    table["method"] = {"name": keys.pop("method")} if "method" in keys else method
     for key, value in keys.items():
         config.set_dotted(table, key, _literal(value) if key.startswith("template.") else value)
+    if isinstance(table["method"], dict):
+        table["method"].setdefault("name", default)
     return table, Path(out), as_json
 
 
@@ -219,8 +246,7 @@ def _literal(text: Any) -> Any:
 def _distill(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, methods, run
 
-    table, out, as_json = _recipe(words, keys, "teacher")
-    table.setdefault("method", {"name": "pid"})
+    table, out, as_json = _recipe(words, keys, "teacher", "pid")
     recipe = config.resolve(table, methods.METHODS, foreign=True)
     _print_result(run.run_distillation(recipe, out, _say), as_json)
 
@@ -228,8 +254,7 @@ def _distill(words: list[str], keys: dict[str, Any]) -> None:
 def _teach(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, run
 
-    table, out, as_json = _recipe(words, keys, "data")
-    table.setdefault("method", {"name": "denoising"})
+    table, out, as_json = _recipe(words, keys, "data", "denoising")
     _print_result(run.run_teaching(config.resolve(table, config.TEACHING), out, _say), as_json)
 
 
@@ -249,7 +274,10 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     source = _one(words, "FILE")
     if "class" in keys:
         keys["label"] = keys.pop("class")
-    options: SampleOptions = config.validate(SampleOptions, keys)
+    try:
+        options: SampleOptions = config.validate(SampleOptions, keys)
+    except ValueError as error:
+        raise Mistake(str(error).replace("label", "class")) from None  # `class` cannot be a field's name in Python
     model = _model(source)
     sampler, _, shape, classes = summary.sampler_of(model, options.steps)
     drawn = latents(options.seed, range(options.count), shape, classes)
@@ -261,17 +289,20 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
         drawn = Latents(drawn.z, drawn.labels.new_full((options.count,), options.label))
     x = generate(sampler, drawn, classes)
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         picture = overview(x, max(1, round(options.count**0.5)), float(x.abs().max()) * 1.05)
         if picture is None:
             raise Mistake(f"out: samples of shape {tuple(x.shape[1:])} cannot be a picture; write an .npz file")
-        write_atomically(out, png(picture))
+        content = png(picture)
     else:
         arrays: dict[str, Any] = {"x": to_bytes(x) if x.ndim == 4 else x.numpy()}
         if drawn.labels is not None:
             arrays["y"] = drawn.labels.numpy()
-        np.savez_compressed(out, **arrays)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        content = buffer.getvalue()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, content)
     _say(f"{options.count} samples in {out}")
 
 
@@ -306,6 +337,8 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
         facts = artifact.read_card(file).get("recipe", {}) if file.is_file() else {}
         against = facts.get("teacher") or facts.get("data") or source
     target = teachers.load(against) if str(against).startswith("exact:") else model
+    if target.shape != model.shape:
+        raise Mistake(f"against: {against} has samples of shape {target.shape}, those of {source} are {model.shape}")
     shell = Recipe(Denoising(), teacher=str(against), evaluate=settings)
     judge = summary.judge_for(shell, target)
     if judge is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -125,6 +126,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: must be at least {least}, got {value}")
+        for name, most in (("seed", 2**63 - 1), ("threads", 1024)):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ValueError(f"{name}: must be at most {most}, got {value}")
         if self.micro_batches > self.batch:
             raise ValueError(f"micro_batches: cannot exceed the batch of {self.batch}, got {self.micro_batches}")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -179,7 +184,7 @@ def resolve(table: Mapping[str, Any], known: Mapping[str, type], foreign: bool =
         raise ValueError("optimizer: must be a table of players, e.g. optimizer.generator.lr")
     for player, settings in given.items():
         if player not in defaults:
-            raise ValueError(f"optimizer.{player}: unknown player{_nearest(player, defaults, 'optimizer.')}")
+            raise ValueError(f"optimizer.{player}: unknown player{_nearest(str(player), defaults, 'optimizer.')}")
         if not isinstance(settings, Mapping):
             raise ValueError(f"optimizer.{player}: must be a table, e.g. optimizer.{player}.lr")
     table["optimizer"] = {
@@ -195,7 +200,8 @@ def resolve_method(value: Any, known: Mapping[str, type], foreign: bool = False)
     fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     name = fields.pop("name", None)
     if not isinstance(name, str):
-        raise ValueError(f"method.name: missing; expected one of {', '.join(known)}")
+        wrong = "missing" if name is None else f"must be a name, got {name!r}"
+        raise ValueError(f"method.name: {wrong}; expected one of {', '.join(known)}")
     if name in known:
         return validate(known[name], fields, "method")
     if ":" not in name:
@@ -204,7 +210,7 @@ def resolve_method(value: Any, known: Mapping[str, type], foreign: bool = False)
         raise ValueError(f"method.name: {name!r} names code; give it on the command line with --method, not in a file")
     try:
         cls = methods.resolve(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"method.name: cannot find {name!r} ({error})") from None
     if not dataclasses.is_dataclass(cls) or not isinstance(cls, type) or not hasattr(cls, "turns"):
         raise ValueError(f"method.name: {name!r} is not an objective (a dataclass with players, turns and optimizers)")
@@ -242,8 +248,10 @@ def _line(error: ValidationError, cls: type, prefix: str) -> str:
         return f"{dotted}: unknown key{_nearest(path[-1], _fields_at(cls, path[:-1]), dotted[: -len(path[-1])])}"
     if first["type"] == "value_error":  # from a __post_init__, whose message begins with the field's name
         return (f"{dotted}." if dotted else "") + str(first["ctx"]["error"])
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{dotted}: {message}, got {first['input']!r}" if first["type"] != "missing" else f"{dotted}: is missing"
+    if first["type"] == "missing":
+        return f"{dotted}: is missing"
+    given = " ".join(reprlib.repr(first["input"]).split())  # shortened, and on one line whatever its type prints
+    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given}"
 
 
 def _fields_at(cls: Any, path: Iterable[str]) -> list[str]:
@@ -273,7 +281,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None}
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: _plain(v) for key, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if value is None or isinstance(value, str | int | float | bool):

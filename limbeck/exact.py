@@ -27,7 +27,7 @@ def _dtype(*values: object) -> torch.dtype:
 
 
 def _finite(values: object, name: str) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=torch.float64)
+    tensor = torch.as_tensor(values, dtype=torch.float64).clone()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: contains NaN or Inf")
     return tensor
@@ -53,7 +53,10 @@ class Gaussian(Denoiser):
 
     def __init__(self, mean: object, std: object) -> None:
         m, s = _finite(mean, "mean"), _finite(std, "std")
-        m, s = (t.clone() for t in torch.broadcast_tensors(torch.atleast_1d(m), s))
+        m = torch.atleast_1d(m)
+        if s.ndim and s.shape != m.shape:
+            raise ValueError(f"std: shape {tuple(s.shape)} does not fit a mean of shape {tuple(m.shape)}")
+        s = s.expand(m.shape).clone()
         if not (s > 0).all():
             raise ValueError("std: must be positive")
         super().__init__(tuple(m.shape), 0, float((m**2 + s**2).mean().sqrt()))
@@ -72,7 +75,7 @@ class Gaussian(Denoiser):
 
     def log_prob(self, x: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """Log density at x (B, *shape) of the law noised to `sigma` (scalar or (B,)): (B,)."""
-        variance = self.std.to(x.dtype) ** 2 + expand(torch.as_tensor(sigma), x) ** 2
+        variance = self.std.to(x.dtype) ** 2 + expand(torch.as_tensor(sigma, dtype=torch.float64), x) ** 2
         terms = (x - self.mean.to(x.dtype)) ** 2 / variance + torch.log(2 * math.pi * variance)
         return -terms.flatten(1).sum(1) / 2
 
@@ -141,7 +144,7 @@ class Mixture(Denoiser):
 
     def log_prob(self, x: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """Log density at x (B, *shape) of the law noised to `sigma` (scalar or (B,)): (B,)."""
-        return torch.logsumexp(self._log_joint(x, torch.as_tensor(sigma)), 1)
+        return torch.logsumexp(self._log_joint(x, torch.as_tensor(sigma, dtype=torch.float64)), 1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` exact samples (n, *shape)."""
@@ -197,7 +200,7 @@ class Empirical(Denoiser):
         Raises:
             ValueError: at sigma = 0, where a set of points has no density.
         """
-        level = torch.as_tensor(sigma).double()
+        level = torch.as_tensor(sigma, dtype=torch.float64)
         if not (level > 0).all():
             raise ValueError("sigma: a set of points has a density only at sigma > 0")
         d = math.prod(self.shape)

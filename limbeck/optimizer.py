@@ -21,7 +21,7 @@ class Optimizer:
         betas: decay of the running gradient and its square.
         eps: added to the denominator.
         weight_decay: decoupled for adamw, L2 otherwise.
-        schedule: constant; or linear or cosine decay to 0 at the run's last step.
+        schedule: constant; or linear or cosine decay, which would reach 0 right after the run's last step.
         warmup: steps of linear increase from 0.
     """
 

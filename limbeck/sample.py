@@ -11,6 +11,7 @@ to its range of noise levels; `sigmas`, a decreasing 1-D tensor, replaces the gr
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,8 +29,8 @@ def default_levels(denoiser: Denoiser) -> Karras:
 
 def _sigmas(denoiser: Denoiser, steps: int, levels: Levels | None, sigmas: Tensor | None) -> list[Tensor]:
     walk = (levels or default_levels(denoiser)).grid(steps) if sigmas is None else sigmas.double()
-    if walk.ndim != 1 or len(walk) < 2 or not (walk[1:] < walk[:-1]).all():
-        raise ValueError("sigmas: must be a decreasing 1-D tensor of at least two levels")
+    if walk.ndim != 1 or len(walk) < 2 or not (walk[1:] < walk[:-1]).all() or not 0 <= walk[-1] < walk[0] < math.inf:
+        raise ValueError("sigmas: must be a decreasing 1-D tensor of at least two finite levels, none negative")
     return list(walk)
 
 

@@ -20,20 +20,45 @@ def describe(path: Path) -> dict[str, Any]:
     if not (path / "recipe.toml").is_file():
         raise ValueError(f"{path}: neither a run folder (it has no recipe.toml) nor a model file")
     recipe = config.read_toml(path / "recipe.toml")
-    log = path / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    report = path / "report.json"
+    if not (isinstance(recipe.get("steps"), int) and isinstance(recipe.get("method"), dict)):
+        raise ValueError(f"{path / 'recipe.toml'}: not the recipe of a run, steps or method is missing")
+    report = _report(path / "report.json")
+    last = _last_row(path / "log.jsonl")
     checkpoints = sorted(p.name for p in (path / "checkpoints").glob("ckpt-*"))
     return {
         "run": str(path),
-        "finished": report.is_file() and json.loads(report.read_text())["steps"] >= recipe["steps"],
-        "step": rows[-1]["step"] if rows else 0,
+        "finished": report is not None and report["steps"] >= recipe["steps"],
+        "step": max([last.get("step", 0), *(int(name[5:]) for name in checkpoints if name[5:].isdecimal())]),
         "steps": recipe["steps"],
         "checkpoints": checkpoints,
-        "last": rows[-1] if rows else {},
-        "report": json.loads(report.read_text()) if report.is_file() else None,
+        "last": last,
+        "report": report,
         "recipe": recipe,
     }
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        int(report["steps"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: damaged") from None
+    return report
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """The last whole row of a log: a crash may have cut the last line short."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        return row
+    return {}
 
 
 def show(path: Path, as_json: bool) -> None:

@@ -48,7 +48,9 @@ class NoiseSource:
         z = torch.randn(n, *self.latent_shape, generator=rng, dtype=self.dtype)
         u = torch.rand(n, generator=rng, dtype=self.dtype)
         if self.stratified:
-            u = (torch.randperm(n, generator=rng) + u) / n
+            # (n - 1 + u) / n may round up to 1, which is not in [0, 1)
+            below = 1 - torch.finfo(self.dtype).eps / 2
+            u = ((torch.randperm(n, generator=rng) + u) / n).clamp(max=below)
         eps = torch.randn(n, *self.shape, generator=rng, dtype=self.dtype)
         cond = None
         if self.classes:
@@ -85,7 +87,7 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
-    for rows in torch.arange(len(batch.z)).chunk(parts):
+    for rows in torch.arange(len(batch.z)).tensor_split(parts):
         one = slice(int(rows[0]), int(rows[-1]) + 1)
         yield Batch(
             batch.z[one],

@@ -151,10 +151,10 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, strictly."""
         for name, net in self.nets.items():
-            net.load_state_dict(state["nets"].get(name, {}))
+            net.load_state_dict(state["nets"][name])
         self.ema.load_state_dict(state["ema"])
         for name, optimizer in self.optimizers.items():
-            _restore(self.nets[name], optimizer, state["optimizers"].get(name, {}))
+            _restore(name, self.nets[name], optimizer, state["optimizers"][name])
         self.step, self.images = int(state["step"]), int(state["images"])
 
 
@@ -174,8 +174,12 @@ def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, d
     return {name: dict(optimizer.state[p]) for name, p in player.named_parameters() if p in optimizer.state}
 
 
-def _restore(player: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _restore(
+    player: str, module: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    parameters = dict(module.named_parameters())
+    if moments and moments.keys() != parameters.keys():
+        raise ValueError(f"the optimiser state of {player} does not fit its parameters")
     optimizer.state.clear()
-    for name, parameter in player.named_parameters():
-        if name in moments:
-            optimizer.state[parameter] = {key: value.clone() for key, value in moments[name].items()}
+    for name, values in moments.items():  # none before the player's first turn
+        optimizer.state[parameters[name]] = {key: value.clone() for key, value in values.items()}

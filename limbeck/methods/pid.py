@@ -29,6 +29,9 @@ switch                 default                                     what else
 P                      the well-conditioned form above             the code forms x(t), x(s) and subtracts: equal in
                                                                    exact arithmetic, up to 1.4e-3 off in float32
 micro-batches          mean over the whole batch                   the code sums the gradients of micro-batch means
+optimiser              Adam, betas 0.9 and 0.99, cosine decay:     the paper's RAdam (betas 0.9, 0.999, constant rate)
+                       at equal images 0.14 against 0.33 on        is in the large recipes and one key away
+                       digits (Fréchet distance in features)
 =====================  ==========================================  ==================================================
 """
 
@@ -37,7 +40,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,18 +85,18 @@ class PID:
         N: number of grid levels; the student is at best the Euler solution of N - 1 steps.
         levels: the grid's law; its maximum is where paths start, its minimum where samples are read.
         metric: distance between P and Q: l2, l1, huber or features.
-        features: feature network of the metric "features": a name ("digits") or TorchScript file, or a module.
+        features: feature network of the metric "features": a bundled name ("digits"), a classifier's file or a module.
         last_index: partner of the last level: flip (the authors' code) or drop (the paper's theorem).
         gradient: both branches, or causal (F(t) constant).
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
 
     N: int = 250
     levels: Karras = field(default_factory=Karras)
     metric: Literal["l2", "l1", "huber", "features"] = "l2"
-    features: str | None = None
+    features: Any = None
     last_index: Literal["flip", "drop"] = "flip"
     gradient: Literal["both", "causal"] = "both"
 
@@ -115,7 +118,7 @@ class PID:
         return nets
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {"generator": Optimizer("radam", lr=1e-3, schedule="cosine")}
+        return {"generator": Optimizer("adam", lr=2e-3, betas=(0.9, 0.99), schedule="cosine")}
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
         yield Turn(("generator",), self.loss)
@@ -133,16 +136,16 @@ class PID:
         with torch.no_grad():
             q = teacher(path_point(f_t, z, t_, law.sigma_max), t, batch.cond)
         p = pid_prediction(f_t.detach() if self.gradient == "causal" else f_t, f_s, t_, s_, law.sigma_max)
-        return self.distance(nets, p / teacher.unit, q / teacher.unit)
+        return self.distance(nets, p, q, teacher.unit)
 
-    def distance(self, nets: nn.ModuleDict, p: Tensor, q: Tensor) -> Tensor:
-        """The metric between P and Q, (B,)."""
+    def distance(self, nets: nn.ModuleDict, p: Tensor, q: Tensor, unit: float) -> Tensor:
+        """The metric between P and Q, (B,); in units of the data's scale, but feature networks see the data's own."""
         match self.metric:
             case "l2":
-                return squared(p, q)
+                return squared(p / unit, q / unit)
             case "l1":
-                return absolute(p, q)
+                return absolute(p / unit, q / unit)
             case "huber":
-                return pseudo_huber(p, q)
+                return pseudo_huber(p / unit, q / unit)
             case "features":
                 return squared(nets["features"](p), nets["features"](q))
