@@ -18,6 +18,17 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+accept: $(VENV)/.test
+	$(BIN)/python tools/accept.py
+	$(BIN)/python tools/tables.py
+
+# the bundled models, from their recipes
+assets: $(VENV)/.test
+	$(BIN)/limbeck teach recipes/digits-classifier.toml --out runs/digits-classifier
+	$(BIN)/python tools/bundle.py runs/digits-classifier digits
+	$(BIN)/limbeck teach recipes/digits-teacher.toml --out runs/digits-teacher
+	$(BIN)/python tools/bundle.py runs/digits-teacher digits
+
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch

@@ -1,12 +1,16 @@
-"""Data sets in memory: the bundled digits and `.npz` files.
+"""Data sets in memory: the bundled digits, `.npz` files, IDX folders (MNIST's format) and folders of pictures.
 
 Values are floating point in [-1, 1] for images (bytes / 127.5 - 1, the field's convention).
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import math
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from limbeck import artifact
 
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 LIMIT = 2**32  # bytes that one array of an npz file may declare
 
 
@@ -59,18 +64,56 @@ def load(source: str) -> Data:
     """A data set by name or path.
 
     Args:
-        source: "digits"; or an .npz file with uint8 images `x` (n, H, W, C) or floating-point samples `x` (n, ...), and
-            labels `y` (n,) or none.
+        source: "digits"; "fashion", Debian's package dataset-fashion-mnist; an .npz file with uint8 images `x`
+            (n, H, W, C) or floating-point samples `x` (n, ...), and labels `y` (n,) or none; or an IDX folder
+            (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz).
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
     if source == "digits":
         return read_npz(artifact.bundled("digits-data.npz"), "digits")
-    path = Path(source)
+    path = FASHION if source == "fashion" else Path(source)
     if not path.exists():
-        raise ValueError(f"data: no file {source!r}, and no bundled data of that name (there is: digits)")
-    return read_npz(path, path.name)
+        hint = "; Debian's package dataset-fashion-mnist puts it there" if source == "fashion" else ""
+        raise ValueError(f"data: no file or folder {str(path)!r}{hint} (bundled: digits)")
+    return read_idx(path, source) if path.is_dir() else read_npz(path, path.name)
+
+
+def read_idx(folder: Path, name: str, part: str = "train") -> Data:
+    """Images and labels of an IDX folder: `part`-images-idx3-ubyte and `part`-labels-idx1-ubyte, plain or gzipped.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    images = _read_idx_file(folder / f"{part}-images-idx3-ubyte", 3)
+    labels = _read_idx_file(folder / f"{part}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None]
+    return Data(name, x, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_idx_file(path: Path, dimensions: int) -> np.ndarray:
+    """The bytes of an IDX file (magic 0x0000 0x08 dimensions, big-endian sizes, values) as an array."""
+    zipped = path.with_name(path.name + ".gz")
+    try:
+        if path.is_file():
+            content = path.read_bytes()
+        elif zipped.is_file():
+            with gzip.open(zipped) as file:
+                content = file.read(LIMIT)
+        else:
+            raise ValueError("is missing")
+        head = 4 + 4 * dimensions
+        if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < head:
+            raise ValueError(f"is not an IDX file of {dimensions}-dimensional bytes")
+        shape = struct.unpack(f">{dimensions}I", content[4:head])
+        if len(content) - head != math.prod(shape) or not shape[0]:
+            raise ValueError(f"declares {math.prod(shape):,} values and holds {len(content) - head:,}")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 
 def read_npz(path: Path, name: str) -> Data:

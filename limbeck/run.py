@@ -306,11 +306,11 @@ def _draw(job: Job) -> None:
 
 
 def _watch(job: Job) -> dict[str, float]:
-    """Scores on the validation indices, a tenth of the final samples but at least 1,000."""
+    """Scores on the validation indices, from a quarter of the final number of samples."""
     assert job.judge is not None
     settings = job.recipe.evaluate
     sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.module, settings.teacher_steps)
-    count = max(1000, settings.samples // 10)
+    count = max(2, settings.samples // 4)
     return measure(sampler, nfe, job.judge, shape, classes, samples=count, seed=settings.seed, first=VALIDATION).metrics
 
 

@@ -122,7 +122,7 @@ def conclude(job: Job, model: nn.Module, seconds: float, tell: Callable[[str], N
         result["student"] = {"metrics": {"held_out_accuracy": held_out_accuracy(model, job.held_out)}}
     elif job.judge is not None:
         result |= compare(job, model)
-        panels = figures(job, model)
+        panels = [*figures(job, model), *report.history_curves(result)]
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
     write_atomically(job.out / "report.html", report.render(result, panels, [r for r in rows if "metrics" not in r]))
     for line in table_lines(result):
@@ -158,7 +158,7 @@ def held_out_accuracy(classifier: Classifier, held_out: data.Data) -> float:
 
 
 def figures(job: Job, model: nn.Module) -> list[Panel]:
-    """Samples of student and teacher from equal noise, the truth, the student's paths, and scores over time."""
+    """Samples of student and teacher from equal noise, the truth, and the student's paths."""
     settings, teacher = job.recipe.evaluate, job.trainer.teacher
     makers = {"Student": model}
     if job.recipe.teacher is not None:
@@ -191,8 +191,7 @@ def figures(job: Job, model: nn.Module) -> list[Panel]:
         panels.append(report.Picture("Real", "The data, one class per row.", png(grid(real.x[picks], 10))))
     if isinstance(model, Trajectory):
         panels += paths(model, teacher, settings.seed)
-    history = _history(job)
-    return panels + history
+    return panels
 
 
 def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
@@ -218,22 +217,6 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
         caption = f"Rows in pairs: student, then teacher, from the same noise; left is noise, right the sample. {text}"
         return [report.Picture("Paths from noise to data", caption, png(grid(rows.clamp(-1, 1), len(strips))))]
     return []
-
-
-def _history(job: Job) -> list[Panel]:
-    rows = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
-    scored = [row for row in rows if "metrics" in row]
-    key = next((k for k in ("fd_feature", "mmd") if scored and k in scored[0]["metrics"]), None)
-    if key is None or len(scored) < 2:
-        return []
-    told = [
-        report.Curve(
-            f"Score over {unit}", "On the validation indices, fewer samples than the table.", label, key,
-            {"student": [(row[unit], row["metrics"][key]) for row in scored]}, log_x=unit == "images", log_y=True,
-        )
-        for unit, label in (("images", "generator images"), ("seconds", "seconds"))
-    ]  # fmt: skip
-    return list(told)
 
 
 MAIN = (

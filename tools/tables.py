@@ -1,0 +1,65 @@
+"""Write the tables of README and docs from results/*.json. `--check` only says whether they are up to date.
+
+A table stands between `<!-- results:NAME -->` and `<!-- end -->`; NAME is a file of results/.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HIDDEN = ("images", "seeds")
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        fresh = BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], text)
+        if fresh != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(fresh)
+    if stale:
+        print(f"{'stale' if '--check' in sys.argv else 'written'}: {', '.join(stale)}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+def table(name: str) -> str:
+    """The Markdown table of results/NAME.json, with where it was measured."""
+    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    rows = [{key: value for key, value in row.items() if value is not None} for row in result["summary"]]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
+    seeds = rows[0]["seeds"]
+    where = result["machine"]
+    return "\n".join(
+        [
+            f"{result['metric']}, {seeds} seed{'s' if seeds > 1 else ''}, {rows[0]['images']:,} images:",
+            "",
+            line(keys),
+            line(["---"] * len(keys)),
+            *(line([cell(row.get(key)) for key in keys]) for row in rows),
+            "",
+            f"*Limbeck {(result['commit'] or 'unknown')[:9]}, torch {result['versions']['torch']}, {where['processor']}, "
+            f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}.*",
+            "",
+        ]
+    )
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
