@@ -373,15 +373,13 @@ def _compare(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _reference(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import artifact, config, data, features
+    from limbeck import config, data, features
     from limbeck.evaluate import Reference
-    from limbeck.files import sha256
 
     options: ReferenceOptions = config.validate(ReferenceOptions, keys)
     samples = data.load(_one(words, "DATA"))
     network = features.load(options.features)
-    digest = sha256(artifact.locate(options.features, "classifier"))
-    Reference.measure(samples, network, digest).save(Path(options.out))
+    Reference.measure(samples, network, features.digest(options.features)).save(Path(options.out))
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from limbeck import artifact
+from limbeck.files import sha256
 
 
 class Residual(nn.Module):
@@ -70,9 +71,13 @@ class Classifier(nn.Module):
         body = functional.silu(self.norm(self.body(x))).flatten(1)
         return functional.silu(self.hidden(body))
 
+    def head(self, features: Tensor) -> Tensor:
+        """Class logits (B, classes) of features (B, features)."""
+        return self.last(functional.dropout(features, self.dropout, self.training))
+
     def logits(self, x: Tensor) -> Tensor:
         """Class logits (B, classes) of samples (B, C, H, W)."""
-        return self.last(functional.dropout(self(x), self.dropout, self.training))
+        return self.head(self(x))
 
     def card(self) -> dict[str, Any]:
         """Everything but the weights, as JSON-able values."""
@@ -90,6 +95,11 @@ def load(source: str | nn.Module) -> nn.Module:
     """
     network = artifact.load(artifact.locate(source, "classifier"), "classifier") if isinstance(source, str) else source
     return network.eval().requires_grad_(False)
+
+
+def digest(source: str | nn.Module) -> str:
+    """SHA-256 of a feature network: of its file, or of a given module's tensors."""
+    return sha256(artifact.locate(source, "classifier")) if isinstance(source, str) else artifact.fingerprint(source)
 
 
 @torch.no_grad()

@@ -311,7 +311,9 @@ def _watch(job: Job) -> dict[str, float]:
     settings = job.recipe.evaluate
     sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.module, settings.teacher_steps)
     count = max(2, settings.samples // 4)
-    return measure(sampler, nfe, job.judge, shape, classes, samples=count, seed=settings.seed, first=VALIDATION).metrics
+    return measure(
+        sampler, nfe, job.judge.watching(), shape, classes, samples=count, seed=settings.seed, first=VALIDATION
+    ).metrics
 
 
 def _check_folder(out: Path, table: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, config, data, features, report
+from limbeck import config, data, features, report
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
@@ -48,16 +48,18 @@ def judge_for(recipe: Recipe, teacher: Denoiser) -> Judge | None:
     else:
         judge = _measured_judge(settings.data, settings.features, settings.quantize)
     if judge is not None:
-        size = len(judge.reference.moments["pixel"][0])
-        if size != math.prod(teacher.shape):
-            raise ValueError(f"evaluate.data: reference samples have {size} values, the teacher's {teacher.shape}")
+        pixels = judge.reference.moments.get("pixel")
+        if pixels is not None and len(pixels[0]) != math.prod(teacher.shape):
+            raise ValueError(
+                f"evaluate.data: reference samples have {len(pixels[0])} values, the teacher's {teacher.shape}"
+            )
     return judge
 
 
 def _measured_judge(source: str, network: str, quantized: bool) -> ImageJudge:
     samples, module = data.load(source), features.load(network)
-    digest = artifact.fingerprint(module)
-    return ImageJudge(Reference.measure(samples, module, digest), module, samples.fingerprint(), quantized)
+    reference = Reference.measure(samples, module, features.digest(network))
+    return ImageJudge(reference, module, samples.fingerprint(), quantized)
 
 
 def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int]:

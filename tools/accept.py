@@ -1,6 +1,6 @@
-"""`make accept`: the checks that take longer than tests may. Writes results/*.json and says what holds.
+"""`make accept`: the checks that take longer than a test may. Writes results/*.json and says what holds.
 
-Every check is a comparison (`limbeck compare`) whose cells are run folders, so that an interrupted acceptance continues.
+Every check is a comparison (`limbeck compare`) whose cells are run folders: an interrupted acceptance continues.
 """
 
 import json

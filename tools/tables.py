@@ -36,6 +36,8 @@ def table(name: str) -> str:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
     seeds = rows[0]["seeds"]
     where = result["machine"]
+    commit, torch = f"commit {(result['commit'] or 'unknown')[:9]}", f"torch {result['versions']['torch']}"
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [
             f"{result['metric']}, {seeds} seed{'s' if seeds > 1 else ''}, {rows[0]['images']:,} images:",
@@ -44,8 +46,7 @@ def table(name: str) -> str:
             line(["---"] * len(keys)),
             *(line([cell(row.get(key)) for key in keys]) for row in rows),
             "",
-            f"*Limbeck {(result['commit'] or 'unknown')[:9]}, torch {result['versions']['torch']}, {where['processor']}, "
-            f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}.*",
+            f"*{', '.join((commit, torch, where['processor'], threads))}.*",
             "",
         ]
     )

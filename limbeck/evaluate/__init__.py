@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from limbeck.evaluate.draws import VALIDATION, Sampler, generate, latents
 from limbeck.evaluate.frechet import Moments, frechet_distance, frechet_infinity
-from limbeck.evaluate.judge import ExactJudge, ImageJudge, Judge, Metrics, Reference
+from limbeck.evaluate.judge import ExactJudge, ImageJudge, Judge, Judgement, Metrics, Reference
 from limbeck.evaluate.kernel import kid, mmd2
 from limbeck.evaluate.modes import mode_statistics
 from limbeck.evaluate.transport import sliced_wasserstein
@@ -35,11 +34,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics of a sampler: mean over draws, their standard deviation (two draws and more), and the time per sample."""
+    """Scores of a sampler.
+
+    Attributes:
+        nfe: network calls of one sample; 0 = not a sampler but given samples.
+        metrics: mean over the draws.
+        spread: standard deviation over the draws, with two draws and more.
+        intervals: 95% bootstrap intervals of the first draw.
+        details: lists of the first draw, e.g. the accuracy of each class.
+        ms_per_image: time of one sample within a batch.
+    """
 
     nfe: int
     metrics: Metrics
     spread: Metrics = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    details: dict[str, list[float]] = field(default_factory=dict)
     ms_per_image: float | None = None
 
 
@@ -54,6 +64,7 @@ def measure(
     draws: int = 1,
     seed: int = 0,
     first: int = 0,
+    batch: int = 500,
 ) -> Scores:
     """Score `draws` sets of `samples` samples; draw k uses the `samples` indices from first + k * samples.
 
@@ -61,16 +72,26 @@ def measure(
         sampler: called as sampler(z, cond).
         nfe: network calls of one sample, for the record.
         classes: labels are uniform over the classes; 0 = none.
+        batch: samples made and judged at once; memory grows with it, not with `samples`.
     """
-    found: list[Metrics] = []
+    found: list[Judgement] = []
     seconds = 0.0
     for k in range(draws):
-        indices = range(first + k * samples, first + (k + 1) * samples)
-        drawn = latents(seed, indices, latent_shape, classes)
-        start = time.perf_counter()
-        x: Tensor = generate(sampler, drawn, classes)
-        seconds += time.perf_counter() - start
-        found.append(judge.scores(x, drawn.labels))
-    metrics = {name: statistics.fmean(f[name] for f in found) for name in found[0]}
-    spread = {name: statistics.stdev(f[name] for f in found) for name in found[0]} if draws > 1 else {}
-    return Scores(nfe, metrics, spread, 1000 * seconds / (draws * samples))
+        tally = judge.tally()
+        begin = first + k * samples
+        for start in range(begin, begin + samples, batch):
+            drawn = latents(seed, range(start, min(start + batch, begin + samples)), latent_shape, classes)
+            before = time.perf_counter()
+            x = generate(sampler, drawn, classes, batch)
+            seconds += time.perf_counter() - before
+            tally.add(x, drawn.labels)
+        found.append(tally.judgement())
+    return combine(nfe, found, 1000 * seconds / (draws * samples))
+
+
+def combine(nfe: int, found: Sequence[Judgement], ms_per_image: float | None = None) -> Scores:
+    """Mean and spread over draws."""
+    names = found[0].metrics
+    metrics = {name: statistics.fmean(f.metrics[name] for f in found) for name in names}
+    spread = {name: statistics.stdev(f.metrics[name] for f in found) for name in names} if len(found) > 1 else {}
+    return Scores(nfe, metrics, spread, found[0].intervals, found[0].details, ms_per_image)
