@@ -458,6 +458,7 @@ class _Run:
     idea: str
     noun: str  # what a sample of this run is called
     student: _Side
+    best: _Side
     teacher_scores: _Side
     floor: _Side
     floor_note: str
@@ -474,7 +475,7 @@ class _Run:
         method, idea = METHODS.get(name, (name, ""))
         product = PRODUCTS.get(_text(report.get("kind")), PRODUCTS["generator"])
         student = _Side.read("student", product.name, _mapping(report.get("student")))
-        floor = _mapping(report.get("floor"))
+        floor, best = _mapping(report.get("floor")), _mapping(report.get("best"))
         return cls(
             product=product,
             distilled=product.verb == "distill",
@@ -483,6 +484,7 @@ class _Run:
             idea=idea,
             noun="sample" if {"log_density", "mode_recall"} & set(student.metrics) else "image",
             student=student,
+            best=_Side.read("student", f"Best, step {_text(best.get('step'))}", best),
             teacher_scores=_Side.read("teacher", "Teacher", _mapping(report.get("teacher_scores"))),
             floor=_Side.read("target", "Floor", floor),
             floor_note=_text(floor.get("note")),
@@ -494,13 +496,17 @@ class _Run:
         )
 
     @property
-    def sides(self) -> tuple[_Side, _Side, _Side]:
+    def sides(self) -> tuple[_Side, ...]:
         return self.student, self.teacher_scores, self.floor
 
     @property
     def columns(self) -> list[_Side]:
-        """The sides of the table of scores: all for a distillation, also those without scores, which shows that."""
-        return [side for side in self.sides if side.metrics or self.distilled]
+        """The sides of the table of scores: all for a distillation, also those without scores, which shows that.
+
+        An earlier checkpoint, "best", stands beside the last one if the run chose one.
+        """
+        told = [side for side in self.sides if side.metrics or self.distilled]
+        return [told[0], self.best, *told[1:]] if self.best.metrics else told
 
     @property
     def speed_up(self) -> float | None:
@@ -1026,7 +1032,12 @@ def _scores(run: _Run) -> _Html:
     table = _el("table.scores", _el("thead", _el("tr", *heads)), _el("tbody", *rows))
     teacher = "The teacher is the model that was distilled, sampled with all its network calls. "
     floor = "The floor is what real data score: with this many samples, no model can be expected to do better."
-    intro = (teacher if run.distilled else "") + (floor if run.floor in run.columns else "")
+    best = (
+        "The first column is the last step. Best is the checkpoint that scored best on samples and on a half of the "
+        "reference that the scores below do not use. "
+    )
+    intro = (best if run.best.metrics else "") + (teacher if run.distilled else "")
+    intro += floor if run.floor in run.columns else ""
     note = " ".join(filter(None, [run.floor_note, *(f"{key} {_figure(run.floor.metrics[key])}." for key in extra)]))
     return _section(
         "Scores",

@@ -7,6 +7,7 @@ report.json and report.html. The same call again continues where the folder stan
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import signal
@@ -35,6 +36,8 @@ from limbeck.train import Source, Trainer
 
 Tell = Callable[[str], None]
 
+WATCHED = ("fd_feature", "mmd")  # the distance by which a run's best step is chosen
+
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved. `code` is the exit code: 130 for Ctrl-C, 143 for SIGTERM."""
@@ -56,6 +59,11 @@ class Job:
     product: str  # kind of the file that the run makes
     judge: Judge | None
     held_out: data.Data | None = None  # what a classifier is scored on
+
+    @property
+    def best_file(self) -> Path:
+        """The model of the checkpoint that scored best while the run was watched."""
+        return self.out / f"{self.product}-best.safetensors"
 
 
 def distill(
@@ -187,26 +195,31 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
         torch.set_num_threads(recipe.threads)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out), _signals() as stop:
-        seconds = _resume(job, tell)
+        seconds, best = _resume(job, tell)
         write_atomically(out / "recipe.toml", config.dump_toml(table))
         report = out / "report.json"
         if trainer.step >= recipe.steps and report.is_file():
             tell(f"{out}: finished at step {trainer.step}; see {out / 'report.html'}")
             return dict(json.loads(report.read_text()))
-        seconds = _loop(job, seconds, stop, tell)
+        seconds, best = _loop(job, seconds, best, stop, tell)
         model = trainer.ema.module
-        facts = {
-            "recipe": table,
-            "images": trainer.images,
-            "seconds": round(seconds, 1),
-            "made_by": limbeck.__version__,
-        }
+        facts = {**_facts(job), "seconds": round(seconds, 1)}
         artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
-        return summary.conclude(job, model, seconds, tell)
+        return summary.conclude(job, model, seconds, best, tell)
 
 
-def _loop(job: Job, seconds: float, stop: Stop, tell: Tell) -> float:
-    """Play until the last step. Returns the seconds spent, those of earlier sittings included."""
+def _facts(job: Job) -> dict[str, Any]:
+    """What a model file says of where it comes from."""
+    return {
+        "recipe": config.to_table(job.recipe),
+        "step": job.trainer.step,
+        "images": job.trainer.images,
+        "made_by": limbeck.__version__,
+    }
+
+
+def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -> tuple[float, Best | None]:
+    """Play until the last step. Returns the seconds spent, those of earlier sittings included, and the best step."""
     recipe, trainer = job.recipe, job.trainer
     began, first = time.perf_counter() - seconds, trainer.step
     with summary.progress(recipe, trainer.step) as moved, open(job.out / "log.jsonl", "a", buffering=1) as log:
@@ -223,15 +236,35 @@ def _loop(job: Job, seconds: float, stop: Stop, tell: Tell) -> float:
             if due(recipe.every.sample):
                 _draw(job)
             if due(recipe.every.evaluate) and job.judge is not None:
-                write({"metrics": _watch(job)})
+                metrics = _watch(job)
+                write({"metrics": metrics})
+                best = _keep_best(job, best, metrics)
             if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
-                _save(job, time.perf_counter() - began)
+                _save(job, time.perf_counter() - began, best)
             moved(trainer.step, told)
             if stop.signum and trainer.step < recipe.steps:
                 raise Stopped(stop.signum, trainer.step)
     if trainer.step > first:
         tell(f"{trainer.step - first:,} steps in {time.perf_counter() - began - seconds:.0f} s")
-    return time.perf_counter() - began
+    return time.perf_counter() - began, best
+
+
+@dataclass(frozen=True)
+class Best:
+    """The watched step with the lowest distance."""
+
+    step: int
+    metric: str
+    value: float
+
+
+def _keep_best(job: Job, best: Best | None, metrics: Mapping[str, float]) -> Best | None:
+    """Store the model if its watched score is the lowest so far."""
+    metric = next((name for name in WATCHED if name in metrics), None)
+    if metric is None or (best is not None and best.value <= metrics[metric]):
+        return best
+    artifact.save(job.best_file, job.product, job.trainer.ema.module, _facts(job))
+    return Best(job.trainer.step, metric, metrics[metric])
 
 
 @dataclass(frozen=True)
@@ -245,10 +278,11 @@ class Due:
         return every > 0 and (self.step % every == 0 or self.step == self.last)
 
 
-def _save(job: Job, seconds: float) -> None:
+def _save(job: Job, seconds: float, best: Best | None) -> None:
     state = {
         "trainer": job.trainer.state_dict(),
         "seconds": seconds,
+        "best": dataclasses.asdict(best) if best else None,
         "identity": job.identity,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -256,12 +290,12 @@ def _save(job: Job, seconds: float) -> None:
     checkpoint.save(job.out / "checkpoints", job.trainer.step, state, job.recipe.keep)
 
 
-def _resume(job: Job, tell: Tell) -> float:
-    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken so far."""
+def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
+    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken so far and its best step."""
     state = checkpoint.load_newest(job.out / "checkpoints", tell)
     if state is None:
         (job.out / "log.jsonl").unlink(missing_ok=True)
-        return 0.0
+        return 0.0, None
     if state["identity"] != job.identity:
         raise ValueError(f"out: {job.out} was begun with another teacher or data set of the same name")
     for name, was, now in (
@@ -274,7 +308,7 @@ def _resume(job: Job, tell: Tell) -> float:
     _trim_log(job.out / "log.jsonl", job.trainer.step)
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
-    return float(state["seconds"])
+    return float(state["seconds"]), Best(**state["best"]) if state["best"] else None
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -306,7 +340,7 @@ def _draw(job: Job) -> None:
 
 
 def _watch(job: Job) -> dict[str, float]:
-    """Scores on the validation indices, from a quarter of the final number of samples."""
+    """Scores on the validation indices and the judge's separate half, from a quarter of the final samples."""
     assert job.judge is not None
     settings = job.recipe.evaluate
     sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.module, settings.teacher_steps)

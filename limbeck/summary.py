@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import config, data, features, report
+from limbeck import artifact, config, data, features, report
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
@@ -27,7 +27,7 @@ from limbeck.pictures import grid, png
 from limbeck.sample import heun
 
 if TYPE_CHECKING:
-    from limbeck.run import Job
+    from limbeck.run import Best, Job
 
 Panel = report.Picture | report.Scatter | report.Curve
 
@@ -97,7 +97,9 @@ def progress(recipe: Recipe, start: int) -> Iterator[Callable[[int, Mapping[str,
         yield moved
 
 
-def conclude(job: Job, model: nn.Module, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:
+def conclude(
+    job: Job, model: nn.Module, seconds: float, best: Best | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Score the finished model, write report.json and report.html, and print the table."""
     recipe = job.recipe
     table = config.to_table(recipe)
@@ -123,7 +125,7 @@ def conclude(job: Job, model: nn.Module, seconds: float, tell: Callable[[str], N
     if isinstance(model, Classifier) and job.held_out is not None:
         result["student"] = {"metrics": {"held_out_accuracy": held_out_accuracy(model, job.held_out)}}
     elif job.judge is not None:
-        result |= compare(job, model)
+        result |= compare(job, model, best)
         panels = [*figures(job, model), *report.history_curves(result)]
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
     write_atomically(job.out / "report.html", report.render(result, panels, [r for r in rows if "metrics" not in r]))
@@ -133,11 +135,14 @@ def conclude(job: Job, model: nn.Module, seconds: float, tell: Callable[[str], N
     return result
 
 
-def compare(job: Job, model: nn.Module) -> dict[str, Any]:
-    """Scores of the model, of its teacher on the same noise, and of the truth."""
+def compare(job: Job, model: nn.Module, best: Best | None) -> dict[str, Any]:
+    """Scores of the last model, of an earlier best one, of the teacher on the same noise, and of the truth."""
     assert job.judge is not None
     settings = job.recipe.evaluate
     told: dict[str, Any] = {"student": dataclasses.asdict(_scores(job, model))}
+    if best is not None and best.step < job.trainer.step:
+        chosen = artifact.load(job.best_file, job.product)
+        told["best"] = {**dataclasses.asdict(best), **dataclasses.asdict(_scores(job, chosen))}
     if job.recipe.teacher is not None:
         told["teacher_scores"] = dataclasses.asdict(_scores(job, job.trainer.teacher))
     told["floor"] = {"metrics": job.judge.floor(settings.samples), "note": job.judge.note}
@@ -222,14 +227,15 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
 
 
 MAIN = (
-    "fd_feature", "fd_pixel", "class_accuracy", "class_balance", "mmd", "sliced_wasserstein", "log_density",
-    "mode_recall", "held_out_accuracy",
+    "fd_feature", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density", "coverage",
+    "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density", "mode_recall", "c2st",
+    "held_out_accuracy",
 )  # fmt: skip
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """The scores as lines of text: one row per metric; student, teacher, floor."""
-    places = {"student": "student", "teacher": "teacher_scores", "floor": "floor"}
+    places = {"student": "student", "best": "best", "teacher": "teacher_scores", "floor": "floor"}
     columns: dict[str, Any] = {name: result[key] for name, key in places.items() if result.get(key)}
     if not columns:
         return ["no scores: there is no reference for this teacher (set evaluate.data and evaluate.features)"]

@@ -52,7 +52,7 @@ def weights() -> Callable[[Path], dict[str, Tensor]]:
     """The tensors of the model that a run folder holds."""
 
     def read(out: Path) -> dict[str, Tensor]:
-        (file,) = out.glob("*.safetensors")
+        (file,) = (path for path in out.glob("*.safetensors") if not path.stem.endswith("-best"))
         return safetensors.torch.load_file(str(file))
 
     return read

@@ -199,7 +199,7 @@ BAD: list[tuple[str, str]] = [
     ("distill teaching.toml --out o", "data: belongs to `limbeck teach`"),
     ("teach good.toml --out o", "method.name: unknown method 'pid'"),
     # data
-    ("teach nowhere.npz --out o", "data: no file 'nowhere.npz'"),
+    ("teach nowhere.npz --out o", "data: no file or folder 'nowhere.npz'"),
     ("teach nox.npz --out o", "nox.npz: has no array x"),
     ("teach nan.npz --out o", "nan.npz: x contains NaN"),
     ("teach int.npz --out o", "int.npz: x must be uint8 or floating point"),
@@ -214,7 +214,7 @@ BAD: list[tuple[str, str]] = [
     ("teach truncated.npz --out o", "truncated.npz: not a readable .npz file"),
     ("teach flipped.npz --out o", "flipped.npz: not a readable .npz file"),
     ("teach text.txt --out o", "text.txt: not a readable .npz file"),
-    ("teach . --out o", ".: not a readable .npz file"),
+    ("teach . --out o", "train-images-idx3-ubyte: is missing"),
     # folders
     ("distill exact:ring8 --out text.txt", "out: text.txt is a file"),
     ("distill exact:ring8 --out .", "out: . holds other files"),

@@ -297,8 +297,7 @@ def test_signal_handlers_are_given_back(tmp_path: Path, distill: Any) -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 6])
-@pytest.mark.parametrize("save", [0, 1, 2])
+@pytest.mark.parametrize(("step", "save"), [(1, 1), (6, 0), (2, 1), (5, 1), (6, 1), (2, 2), (3, 2), (6, 2)])
 def test_kill_in_a_step(
     tmp_path: Path, distill: Any, ends_equal: Any, in_child: Any, die: Any, step: int, save: int
 ) -> None:
@@ -316,7 +315,7 @@ def test_kill_in_a_step(
     ends_equal(tmp_path / "r")
 
 
-@pytest.mark.parametrize("moment", [1, 2, 3, 4, 5, 6, 7, 13, 20, 36])
+@pytest.mark.parametrize("moment", [1, 2, 3, 4, 5, 6, 13, 36])
 def test_kill_in_a_save(tmp_path: Path, distill: Any, ends_equal: Any, in_child: Any, die: Any, moment: int) -> None:
     """At the n-th write, sync or rename of the checkpoints; half of a write has then been done."""
     calls = 0
@@ -788,7 +787,7 @@ def test_scores_against_own_data(tmp_path: Path, tiny: dict[str, Any], images: s
         ),
         (lambda out, images, points: limbeck.teach(images, out=out, teacher="digits"), "^teacher: belongs to"),
         (lambda out, images, points: limbeck.teach(images, "pid", out=out), "^method.name: unknown method 'pid'"),
-        (lambda out, images, points: limbeck.teach("nowhere.npz", out=out), "^data: no file 'nowhere.npz'"),
+        (lambda out, images, points: limbeck.teach("nowhere.npz", out=out), "^data: no file or folder 'nowhere.npz'"),
         (lambda out, images, points: limbeck.teach(images, out=out, evaluate={"data": images}), "^evaluate: give both"),
     ],
 )
