@@ -8,7 +8,6 @@ Nothing heavy is imported before the arguments are known, so that help answers a
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -23,7 +22,10 @@ VERBS = {
     "distill": ("SOURCE --out DIR [--method NAME] [--KEY VALUE ...]", "distil a teacher into a one-step generator"),
     "teach": ("DATA --out DIR [--method NAME] [--KEY VALUE ...]", "train a teacher, or a classifier for evaluation"),
     "sample": ("FILE --count N --seed S [--class K] --out PNG|NPZ", "draw samples from a generator or a teacher"),
-    "evaluate": ("FILE [--samples N ...] [--json]", "score a generator or a teacher"),
+    "evaluate": (
+        "FILE ... [--out DIR] [--samples N ...] [--json]",
+        "score runs, generators, teachers and samples side by side",
+    ),
     "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
     "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
     "methods": ("", "list the methods"),
@@ -178,6 +180,23 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `limbeck evaluate` beside those of a recipe's `evaluate` table.
+
+    Attributes:
+        against: the law to score against, if it is not the first file's own teacher or data.
+        out: folder for scores (an interrupted evaluation goes on), contest.json and contest.html.
+        size: side to which pictures of a folder are resized.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    against: str | None = None
+    out: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class ReferenceOptions:
     """Options of `limbeck reference`.
 
@@ -321,43 +340,27 @@ def _model(source: str) -> Any:
 
 
 def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import artifact, config, summary, teachers
-    from limbeck.config import Evaluation, Recipe
-    from limbeck.evaluate import measure
-    from limbeck.teaching import Denoising
+    from limbeck import config, summary
+    from limbeck.config import Evaluation
+    from limbeck.distributed import rank_and_world
+    from limbeck.evaluate.contest import contest
 
-    source = _one(words, "FILE")
+    if not words:
+        raise Mistake("FILE: expected at least one, got none")
     as_json = keys.pop("json", None) == "true"
-    against = keys.pop("against", None)
-    settings: Evaluation = config.validate(Evaluation, keys)
-    model = _model(source)
-    if against is None:
-        path = Path(source)
-        file = next((path / f for f in ("generator.safetensors", "denoiser.safetensors") if (path / f).is_file()), path)
-        facts = artifact.read_card(file).get("recipe", {}) if file.is_file() else {}
-        against = facts.get("teacher") or facts.get("data") or source
-    target = teachers.load(against) if str(against).startswith("exact:") else model
-    if target.shape != model.shape:
-        raise Mistake(f"against: {against} has samples of shape {target.shape}, those of {source} are {model.shape}")
-    shell = Recipe(Denoising(), teacher=str(against), evaluate=settings)
-    judge = summary.judge_for(shell, target)
-    if judge is None:
-        raise Mistake(f"evaluate: nothing to score {source} against; give --against, or --data and --features")
-    sampler, nfe, shape, classes = summary.sampler_of(model, settings.teacher_steps)
-    scores = measure(
-        sampler, nfe, judge, shape, classes, samples=settings.samples, draws=settings.draws, seed=settings.seed
+    options: EvaluateOptions = config.validate(
+        EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size") if key in keys}
     )
-    result = {
-        "file": source,
-        "student": dataclasses.asdict(scores),
-        "floor": {"metrics": judge.floor(settings.samples), "note": judge.note},
-        "hashes": {"model": artifact.fingerprint(model), **judge.hashes()},
-        "settings": dataclasses.asdict(settings),
-    }
+    settings: Evaluation = config.validate(Evaluation, keys)
+    out = None if options.out is None else Path(options.out)
+    result = contest(words, settings, out, _say, options.against, options.size)
+    if rank_and_world()[0] != 0:
+        return
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        for line in summary.table_lines(result):
+        columns = {row["name"]: row for row in result["rows"]} | {"floor": result["floor"]}
+        for line in summary.table_of(columns):
             print(line)
 
 

@@ -61,7 +61,8 @@ class Evaluation:
         seed: key of the samples' noise; sample j depends on (seed, j) alone.
         teacher_steps: Heun steps of the teacher, 2 * steps - 1 network calls.
         data: reference images for teachers that bring none (a name or file as for `teach`).
-        features: feature network for teachers that bring none.
+        reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
+        features: feature network of `data` or `reference`.
         quantize: score images as 8-bit values.
     """
 
@@ -72,6 +73,7 @@ class Evaluation:
     seed: int = 0
     teacher_steps: int = 18
     data: str | None = None
+    reference: str | None = None
     features: str | None = None
     quantize: bool = True
 
@@ -89,6 +91,7 @@ class Recipe:
         method: the objective, by name with its hyper-parameters.
         teacher: what is distilled (`limbeck distill`).
         data: what is learned (`limbeck teach`).
+        size: side to which pictures of a folder are resized (`limbeck teach`).
         template: the student's network and its arguments; empty = the teacher's own, or one that suits the shape.
         steps: length of the run.
         batch: samples of one turn.
@@ -107,6 +110,7 @@ class Recipe:
     method: Any
     teacher: str | None = None
     data: str | None = None
+    size: int | None = None
     template: dict[str, Any] = field(default_factory=dict)
     steps: int = 5000
     batch: int = 256
@@ -122,7 +126,15 @@ class Recipe:
     evaluate: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("micro_batches", 1), ("seed", 0), ("threads", 1), ("keep", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("batch", 1),
+            ("micro_batches", 1),
+            ("seed", 0),
+            ("threads", 1),
+            ("keep", 1),
+            ("size", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: must be at least {least}, got {value}")

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from limbeck import artifact
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LIMIT = 2**32  # bytes that one array of an npz file may declare
 
 
@@ -60,13 +62,15 @@ class Data:
         return Data(self.name, self.x[mask], None if self.y is None else self.y[mask])
 
 
-def load(source: str) -> Data:
+def load(source: str, size: int | None = None) -> Data:
     """A data set by name or path.
 
     Args:
         source: "digits"; "fashion", Debian's package dataset-fashion-mnist; an .npz file with uint8 images `x`
-            (n, H, W, C) or floating-point samples `x` (n, ...), and labels `y` (n,) or none; or an IDX folder
-            (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz).
+            (n, H, W, C) or floating-point samples `x` (n, ...), and labels `y` (n,) or none; an IDX folder
+            (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz); or a folder of PNG, JPEG or WebP
+            pictures, whose sub-folders, if any, are classes.
+        size: side to which pictures of a folder are cropped (centre square) and resized; None = they all have one size.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -77,7 +81,49 @@ def load(source: str) -> Data:
     if not path.exists():
         hint = "; Debian's package dataset-fashion-mnist puts it there" if source == "fashion" else ""
         raise ValueError(f"data: no file or folder {str(path)!r}{hint} (bundled: digits)")
-    return read_idx(path, source) if path.is_dir() else read_npz(path, path.name)
+    if not path.is_dir():
+        return read_npz(path, path.name)
+    is_idx = any(path.glob("train-images-idx3-ubyte*"))
+    return read_idx(path, source) if is_idx else read_pictures(path, size)
+
+
+def read_pictures(folder: Path, size: int | None) -> Data:
+    """PNG, JPEG and WebP files of a folder, in order of their names; sub-folders are classes 0, 1, ... by name.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    kinds = sorted(path for path in folder.iterdir() if path.is_dir())
+    labelled = [(path, k) for k, kind in enumerate(kinds or [folder]) for path in sorted(kind.iterdir())]
+    found = [(path, k) for path, k in labelled if path.suffix.lower() in PICTURES]
+    if not found:
+        raise ValueError(f"{folder}: holds no pictures ({', '.join(PICTURES)}) and is not an IDX folder")
+    images: list[np.ndarray] = []
+    for path, _ in found:
+        image = _read_picture(path, size)
+        if images and image.shape != images[0].shape:
+            raise ValueError(
+                f"{path}: has shape {image.shape}, the others {images[0].shape}; give one size, e.g. --size 32"
+            )
+        images.append(image)
+    x = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    return Data(folder.name, x.contiguous(), torch.tensor([k for _, k in found]) if kinds else None)
+
+
+def _read_picture(path: Path, size: int | None) -> np.ndarray:
+    """One picture as uint8 (H, W, C); grey stays one channel, everything else becomes RGB."""
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("L" if file.mode in ("1", "L", "I;16") else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error})") from None
+    if size is not None:
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        square = picture.crop((left, top, left + side, top + side))
+        picture = square.resize((size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def read_idx(folder: Path, name: str, part: str = "train") -> Data:

@@ -102,7 +102,7 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     teacher = teachers.load(recipe.teacher) if teacher is None else teacher
     _check_levels(recipe, teacher)
     template = student_template(recipe, teacher)
-    judge = summary.judge_for(recipe, teacher)
+    judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher)
     trainer = _trainer(recipe, teacher, template)
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
@@ -133,12 +133,12 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
     if recipe.data is None:
         raise ValueError("data: is missing")
-    samples = data.load(recipe.data)
+    samples = data.load(recipe.data, recipe.size)
     # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser
     plain = Denoiser(samples.shape, samples.classes, samples.sigma_data)
     denoising = recipe.method.product == "denoiser"
     template = student_template(recipe, plain) if denoising else plain
-    judge = summary.judge_for(recipe, template) if denoising else None
+    judge = summary.judge_for(recipe.data, recipe.evaluate, template) if denoising else None
     trainer = _trainer(recipe, plain, template)
     noise = NoiseSource(
         samples.shape, samples.shape, recipe.batch, recipe.seed, samples.classes,

@@ -6,18 +6,19 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from limbeck import artifact, config, data, features, report
-from limbeck.config import Recipe
+from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, latents
-from limbeck.evaluate.judge import bundled_judge
+from limbeck.evaluate.judge import bundled_judge, read_judge
 from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.features import Classifier
 from limbeck.files import write_atomically
@@ -32,31 +33,40 @@ if TYPE_CHECKING:
 Panel = report.Picture | report.Scatter | report.Curve
 
 
-def judge_for(recipe: Recipe, teacher: Denoiser) -> Judge | None:
-    """Who scores samples of this teacher's law; None if there is nothing to compare with.
+def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None) -> Judge | None:
+    """Who scores samples of a law; None if there is nothing to compare with.
+
+    Args:
+        law: name of the teacher or data set; a bundled one brings its reference.
+        teacher: an exact teacher is its own judge; of another the shape is checked.
 
     Raises:
-        ValueError: if the recipe's reference data or features do not fit the teacher.
+        ValueError: if the reference or its features are incomplete, or do not fit the teacher.
     """
-    settings = recipe.evaluate
     if isinstance(teacher, Gaussian | Mixture | Empirical):
         return ExactJudge(teacher, settings.seed)
-    if settings.data is None and settings.features is None:
-        judge = bundled_judge(recipe.teacher or recipe.data or "", settings.quantize)
-    elif settings.data is None or settings.features is None:
-        raise ValueError("evaluate: give both evaluate.data and evaluate.features, or neither")
+    judge: ImageJudge | None
+    if settings.reference is not None or settings.data is not None:
+        if settings.features is None:
+            raise ValueError("evaluate.features: a reference needs a feature network")
+        if settings.reference is not None:
+            judge = read_judge(Path(settings.reference), settings.features, settings.quantize)
+        else:
+            judge = measured_judge(settings.data or "", settings.features, settings.quantize)
+    elif settings.features is not None:
+        raise ValueError("evaluate.features: needs evaluate.data or evaluate.reference beside it")
     else:
-        judge = _measured_judge(settings.data, settings.features, settings.quantize)
-    if judge is not None:
-        pixels = judge.reference.moments.get("pixel")
-        if pixels is not None and len(pixels[0]) != math.prod(teacher.shape):
-            raise ValueError(
-                f"evaluate.data: reference samples have {len(pixels[0])} values, the teacher's {teacher.shape}"
-            )
+        judge = bundled_judge(law, settings.quantize)
+    pixels = judge.reference.moments.get("pixel") if judge is not None else None
+    if teacher is not None and pixels is not None and len(pixels[0]) != math.prod(teacher.shape):
+        raise ValueError(
+            f"evaluate: reference samples have {len(pixels[0])} values, the teacher's shape is {teacher.shape}"
+        )
     return judge
 
 
-def _measured_judge(source: str, network: str, quantized: bool) -> ImageJudge:
+def measured_judge(source: str, network: str, quantized: bool) -> ImageJudge:
+    """The judge of a data set in a feature network, measured now."""
     samples, module = data.load(source), features.load(network)
     reference = Reference.measure(samples, module, features.digest(network))
     return ImageJudge(reference, module, samples.fingerprint(), quantized)
@@ -228,31 +238,37 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
 
 MAIN = (
     "fd_feature", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density", "coverage",
-    "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density", "mode_recall", "c2st",
-    "held_out_accuracy",
+    "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density", "mode_recall",
+    "c2st", "held_out_accuracy",
 )  # fmt: skip
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
-    """The scores as lines of text: one row per metric; student, teacher, floor."""
+    """The scores of a run as lines of text: student, best, teacher and floor."""
     places = {"student": "student", "best": "best", "teacher": "teacher_scores", "floor": "floor"}
     columns: dict[str, Any] = {name: result[key] for name, key in places.items() if result.get(key)}
     if not columns:
         return ["no scores: there is no reference for this teacher (set evaluate.data and evaluate.features)"]
+    return table_of(columns)
 
-    def row(name: str, cells: list[str]) -> str:
-        return f"{name:20}" + "".join(f"{cell:>12}" for cell in cells)
 
-    lines = [row("", list(columns))]
+def table_of(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Scores as lines of text: one row per metric, one column per name."""
+    width = max(12, *(len(name) + 2 for name in columns))
+
+    def row(name: str, cells: Iterable[str]) -> str:
+        return f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+    lines = [row("", columns)]
     for name, key in (("network calls", "nfe"), ("ms per sample", "ms_per_image")):
-        if any(key in column for column in columns.values()):
-            lines.append(row(name, [_cell(column.get(key)) for column in columns.values()]))
+        if any(column.get(key) for column in columns.values()):
+            lines.append(row(name, (_cell(column.get(key)) for column in columns.values())))
     for name in MAIN:
         if any(name in column["metrics"] for column in columns.values()):
-            lines.append(row(name, [_cell(column["metrics"].get(name)) for column in columns.values()]))
-    shares = [v for name, v in columns.get("student", {}).get("metrics", {}).items() if name.startswith("share_")]
-    if shares:
-        lines.append(row("share per mode", [f"{100 * min(shares):.1f}-{100 * max(shares):.1f}%"]))
+            lines.append(row(name, (_cell(column["metrics"].get(name)) for column in columns.values())))
+    shares = [[v for k, v in column["metrics"].items() if k.startswith("share_")] for column in columns.values()]
+    if any(shares):
+        lines.append(row("share per mode, %", (f"{100 * min(s):.1f}-{100 * max(s):.1f}" if s else "-" for s in shares)))
     return lines
 
 

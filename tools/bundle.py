@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 
 from limbeck import artifact, summary
-from limbeck.config import Evaluation, Recipe
+from limbeck.config import Evaluation
 from limbeck.data import load
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Reference, measure
 from limbeck.features import Classifier
 from limbeck.features import load as load_features
 from limbeck.files import sha256
-from limbeck.teaching import Denoising
 
 
 def main() -> None:
@@ -44,14 +43,14 @@ def main() -> None:
         reference = Reference.measure(data, load_features(name), sha256(target))
         reference.save(artifact.bundled(f"{name}-reference.npz"))
     else:
-        recipe = Recipe(Denoising(), data=name, evaluate=Evaluation())
         assert isinstance(model, Denoiser)
-        judge = summary.judge_for(recipe, model)
+        settings = Evaluation()
+        judge = summary.judge_for(name, settings, model)
         assert judge is not None
-        sampler, nfe, shape, classes = summary.sampler_of(model, recipe.evaluate.teacher_steps)
-        scores = measure(sampler, nfe, judge, shape, classes, samples=recipe.evaluate.samples)
+        sampler, nfe, shape, classes = summary.sampler_of(model, settings.teacher_steps)
+        scores = measure(sampler, nfe, judge, shape, classes, samples=settings.samples)
         facts["scores"] = {"nfe": nfe, **scores.metrics}
-        facts["floor"] = judge.floor(recipe.evaluate.samples)
+        facts["floor"] = judge.floor(settings.samples)
         write()
     print(target, target.stat().st_size, json.dumps(facts["scores"]))
 

@@ -7,9 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from limbeck.data import Data
+from limbeck.distributed import gather, rank_and_world
 from limbeck.evaluate.draws import VALIDATION, Sampler, generate, latents
 from limbeck.evaluate.frechet import Moments, frechet_distance, frechet_infinity
-from limbeck.evaluate.judge import ExactJudge, ImageJudge, Judge, Judgement, Metrics, Reference
+from limbeck.evaluate.judge import ExactJudge, ImageJudge, Judge, Judgement, Metrics, Reference, Tally
 from limbeck.evaluate.kernel import kid, mmd2
 from limbeck.evaluate.modes import mode_statistics
 from limbeck.evaluate.transport import sliced_wasserstein
@@ -26,6 +30,7 @@ __all__ = [
     "frechet_infinity",
     "kid",
     "measure",
+    "measure_data",
     "mmd2",
     "mode_statistics",
     "sliced_wasserstein",
@@ -72,21 +77,46 @@ def measure(
         sampler: called as sampler(z, cond).
         nfe: network calls of one sample, for the record.
         classes: labels are uniform over the classes; 0 = none.
-        batch: samples made and judged at once; memory grows with it, not with `samples`.
+        batch: samples made and judged at once; memory grows with it, not with `samples`. Results do not depend on it,
+            except through the rounding of the networks' own arithmetic.
+
+    Under `torchrun` every process makes a share of the samples, and all return the same scores.
     """
     found: list[Judgement] = []
     seconds = 0.0
     for k in range(draws):
         tally = judge.tally()
         begin = first + k * samples
-        for start in range(begin, begin + samples, batch):
+        starts = torch.arange(begin, begin + samples, batch)
+        rank, world = rank_and_world()
+        # contiguous shares keep the samples in the order of one process, whatever their number
+        for start in starts.tensor_split(world)[rank].tolist():
             drawn = latents(seed, range(start, min(start + batch, begin + samples)), latent_shape, classes)
             before = time.perf_counter()
             x = generate(sampler, drawn, classes, batch)
             seconds += time.perf_counter() - before
             tally.add(x, drawn.labels)
-        found.append(tally.judgement())
+        found.append(judgement_of_all(judge, tally))
     return combine(nfe, found, 1000 * seconds / (draws * samples))
+
+
+def measure_data(data: Data, judge: Judge, batch: int = 500) -> Scores:
+    """Score given samples (and their labels, if any), each once."""
+    tally = judge.tally()
+    rank, world = rank_and_world()
+    blocks = torch.arange(len(data.x)).split(batch)
+    share = slice(len(blocks) * rank // world, len(blocks) * (rank + 1) // world)
+    for rows in blocks[share]:
+        tally.add(data.x[rows], None if data.y is None else data.y[rows])
+    return combine(0, [judgement_of_all(judge, tally)])
+
+
+def judgement_of_all(judge: Judge, tally: Tally) -> Judgement:
+    """The judgement of the tallies of all processes together."""
+    whole = judge.tally()
+    for state in gather(tally.tensors()):
+        whole.merge(state)
+    return whole.judgement()
 
 
 def combine(nfe: int, found: Sequence[Judgement], ms_per_image: float | None = None) -> Scores:

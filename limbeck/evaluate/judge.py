@@ -269,6 +269,7 @@ class ImageTally:
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"rows": self.rows, "confusion": self.confusion, "chances": self.chances, "sharpness": self.sharpness}
+        state["labelled"] = torch.tensor(self.labelled)
         for name, moments in self.moments.items():
             state |= {f"count_{name}": torch.tensor(moments.count), f"mean_{name}": moments.mean}
             state[f"scatter_{name}"] = moments.scatter
@@ -279,6 +280,7 @@ class ImageTally:
         self.confusion = self.confusion + state["confusion"]
         self.chances = self.chances + state["chances"]
         self.sharpness = self.sharpness + state["sharpness"]
+        self.labelled = self.labelled or bool(state["labelled"])
         for name, moments in self.moments.items():
             other = Moments(len(moments.mean))
             other.count, other.mean = int(state[f"count_{name}"]), state[f"mean_{name}"]

@@ -1,0 +1,331 @@
+"""Several models, teachers and sets of samples, scored side by side against one reference.
+
+Every contestant's scores are stored as soon as they are known, under a key of everything that they depend on: the same
+evaluation again reads them, an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import artifact, config, data, features, report, summary, teachers
+from limbeck.config import Evaluation
+from limbeck.data import Data
+from limbeck.denoiser import Denoiser
+from limbeck.distributed import rank_and_world
+from limbeck.evaluate import Judge, Scores, measure, measure_data
+from limbeck.evaluate.draws import Latents, generate, latents
+from limbeck.evaluate.judge import ExactJudge, ImageJudge
+from limbeck.evaluate.neighbours import nearest_neighbour_distance
+from limbeck.files import write_atomically
+from limbeck.generator import Generator
+from limbeck.machine import commit, machine, versions
+from limbeck.pictures import grid, png
+
+Panel = report.Picture | report.Scatter | report.Curve
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who is scored: a model, or given samples.
+
+    Attributes:
+        name: as on the command line.
+        model: a generator or a denoiser; None for given samples.
+        samples: given samples; None for a model.
+        steps: Heun steps of a denoiser.
+        run: the run folder, if it is one.
+    """
+
+    name: str
+    model: nn.Module | None
+    samples: Data | None
+    steps: int
+    run: Path | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model or the samples."""
+        if self.samples is not None:
+            return self.samples.fingerprint()
+        assert self.model is not None
+        return artifact.fingerprint(self.model)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        source: Any = self.samples if self.samples is not None else self.model
+        return tuple(source.shape)
+
+
+def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
+    """The contestant named `source`: a run folder, a model's file, a teacher ("digits"; "digits@9" takes 9 Heun steps),
+    an .npz file of samples or a folder of pictures.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    name, at, number = source.rpartition("@")
+    if at and number.isdigit() and int(number) >= 2:
+        return Contestant(source, teachers.load(name), None, int(number))
+    path = Path(source)
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        for kind in ("generator", "denoiser"):
+            if (path / f"{kind}.safetensors").is_file():
+                return Contestant(source, artifact.load(path / f"{kind}.safetensors", kind), None, steps, path)
+        raise ValueError(f"{path}: has no finished model yet")
+    if path.is_dir() or path.suffix == ".npz":
+        return Contestant(source, None, data.load(source, size), steps)
+    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
+        return Contestant(source, artifact.load_generator(path), None, steps)
+    return Contestant(source, teachers.load(source), None, steps)
+
+
+def law_of(who: Contestant, source: str) -> str:
+    """Name of the law that a contestant imitates: the teacher or data of its recipe, or its own name."""
+    if who.run is not None:
+        recipe = config.read_toml(who.run / "recipe.toml")
+        return str(recipe.get("teacher") or recipe.get("data"))
+    path = Path(source)
+    if path.is_file() and path.suffix == ".safetensors":
+        recipe = artifact.read_card(path).get("recipe", {})
+        return str(recipe.get("teacher") or recipe.get("data") or source)
+    return source.partition("@")[0]
+
+
+def judge_of(law: str, settings: Evaluation) -> Judge:
+    """Who scores samples of `law`.
+
+    Raises:
+        ValueError: if there is nothing to score against.
+    """
+    judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None)
+    if judge is None:
+        raise ValueError(f"reference: there is none for {law!r}; give --features with --reference or --data")
+    return judge
+
+
+def contest(
+    sources: Sequence[str],
+    settings: Evaluation,
+    out: Path | None,
+    tell: Callable[[str], None],
+    against: str | None = None,
+    size: int | None = None,
+) -> dict[str, Any]:
+    """Score `sources` side by side; with `out`, store the scores there and write contest.json and contest.html.
+
+    Raises:
+        ValueError: for a contestant that cannot be read or does not fit the reference, before anything is scored.
+    """
+    contestants = [contestant(source, settings.teacher_steps, size) for source in sources]
+    law = against or law_of(contestants[0], sources[0])
+    judge = judge_of(law, settings)
+    for who in contestants:
+        _check_shape(who, judge, law)
+    rows: list[dict[str, Any]] = []
+    for who in contestants:
+        scores = _scores(who, judge, settings, out)
+        rows.append({"name": who.name, "sha256": who.fingerprint(), **dataclasses.asdict(scores), **_cost(who)})
+        if rank_and_world()[0] == 0:
+            tell(f"{who.name}: scored")
+    result = {
+        "law": law,
+        "rows": rows,
+        "floor": {"metrics": judge.floor(settings.samples), "note": judge.note},
+        "hashes": judge.hashes(),
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+    }
+    if out is not None and rank_and_world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "contest.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(out / "contest.html", page(result, contestants, judge, settings))
+        tell(f"report: {out / 'contest.html'}")
+    return result
+
+
+def _check_shape(who: Contestant, judge: Judge, law: str) -> None:
+    if isinstance(judge, ExactJudge):
+        wanted = judge.target.shape
+        fits = tuple(who.shape) == tuple(wanted)
+    else:
+        assert isinstance(judge, ImageJudge)
+        pixel = judge.reference.moments.get("pixel")
+        wanted = (len(pixel[0]),) if pixel is not None else who.shape
+        fits = pixel is None or torch.Size(who.shape).numel() == len(pixel[0])
+    if not fits:
+        raise ValueError(f"{who.name}: its samples have shape {who.shape}, the reference {law} has {tuple(wanted)}")
+
+
+def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | None) -> Scores:
+    """The contestant's scores, from the store if it has them."""
+    key: dict[str, Any] = {
+        "model": who.fingerprint(),
+        "judge": judge.hashes(),
+        "settings": dataclasses.asdict(settings),
+        "v": versions(),
+    }
+    key["steps"] = who.steps if isinstance(who.model, Denoiser) else None
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    stored = out / "scores" / f"{digest}.json" if out is not None else None
+    if stored is not None and stored.is_file():
+        return Scores(**json.loads(stored.read_text()))
+    if who.samples is not None:
+        scores = measure_data(who.samples, judge)
+    else:
+        assert who.model is not None
+        sampler, nfe, shape, classes = summary.sampler_of(who.model, who.steps)
+        scores = measure(
+            sampler, nfe, judge, shape, classes, samples=settings.samples, draws=settings.draws, seed=settings.seed
+        )
+    if stored is not None and rank_and_world()[0] == 0:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(stored, json.dumps(dataclasses.asdict(scores)))
+    return scores
+
+
+def _cost(who: Contestant) -> dict[str, Any]:
+    """Training cost of a run, and the size of a model."""
+    told: dict[str, Any] = {}
+    if who.model is not None:
+        told["parameters"] = sum(p.numel() for p in who.model.parameters())
+    if who.run is not None and (who.run / "report.json").is_file():
+        facts = json.loads((who.run / "report.json").read_text())
+        told |= {key: facts[key] for key in ("steps", "images", "seconds", "history") if key in facts}
+    return told
+
+
+def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge, settings: Evaluation) -> str:
+    """The contest as one HTML page."""
+    rows = result["rows"]
+    table = []
+    for row in rows:
+        line: dict[str, str | float] = {"name": row["name"]}
+        line |= {key: row[key] for key in ("nfe", "ms_per_image", "parameters", "images", "seconds") if row.get(key)}
+        line |= {key: row["metrics"][key] for key in summary.MAIN if key in row["metrics"]}
+        table.append(line)
+    floor = result["floor"]["metrics"]
+    table.append({"name": "floor", **{key: floor[key] for key in summary.MAIN if key in floor}})
+    panels: list[Panel] = [*_curves(result), *_pictures(contestants, judge, settings), *_classes(result)]
+    intro = (
+        f"{len(rows)} contestants against {result['law']}, {settings.samples:,} samples each"
+        f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores: "
+        f"{result['floor']['note']}."
+    )
+    return report.render_comparison(f"Evaluation on {result['law']}", intro, table, panels)
+
+
+def _curves(result: dict[str, Any]) -> list[Panel]:
+    """Score over network calls, and over images and seconds of training."""
+    key = next((k for k in ("fd_feature", "mmd") if all(k in row["metrics"] for row in result["rows"])), None)
+    if key is None:
+        return []
+    floor = result["floor"]["metrics"].get(key)
+    lines = {} if floor is None else {"floor": floor}
+    calls = sorted((row["nfe"], row["metrics"][key]) for row in result["rows"] if row["nfe"] > 1)
+    single = [(1.0, row["metrics"][key]) for row in result["rows"] if row["nfe"] == 1]
+    panels: list[Panel] = []
+    if calls:
+        series = {"teacher": [(float(n), s) for n, s in calls]}
+        series |= {"student": single} if single else {}
+        text = "What the network calls of one sample buy."
+        panels.append(
+            report.Curve(
+                "Score over network calls", text, "network calls", key, series, log_x=True, log_y=True, lines=lines
+            )
+        )
+    for unit, label in (("images", "training images"), ("seconds", "training seconds")):
+        runs = {
+            row["name"]: [(r[unit], r["metrics"][key]) for r in row.get("history", []) if key in r["metrics"]]
+            for row in result["rows"]
+        }
+        runs = {name: points for name, points in runs.items() if len(points) > 1}
+        if runs:
+            text = "Watched during training, on fewer samples than the table: compare the curves with each other only."
+            panels.append(report.Curve(f"Score over {unit}", text, label, key, runs, log_y=True))
+    return panels
+
+
+def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluation) -> list[Panel]:
+    """Grids or clouds from equal noise, and the nearest training images of the first generator's samples."""
+    panels: list[Panel] = []
+    clouds: dict[str, list[list[float]]] = {}
+    if isinstance(judge, ExactJudge) and tuple(judge.target.shape) == (2,):
+        clouds["Target"] = judge.target.sample(2000, torch.Generator().manual_seed(0)).tolist()
+    for who in contestants:
+        x, text = _some(who, settings.seed, 2000 if clouds else 100)
+        if clouds:
+            clouds[who.name] = x.tolist()
+        elif x.ndim == 4:
+            panels.append(report.Picture(who.name, text, png(grid(x, 10))))
+    if clouds:
+        panels.append(report.Scatter("Samples", "Models start from equal noise.", clouds))
+    return panels + _neighbours(contestants, judge, settings)
+
+
+def _some(who: Contestant, seed: int, count: int) -> tuple[Tensor, str]:
+    """A few samples for the eye, one class per row where there are classes."""
+    if who.samples is not None:
+        return who.samples.x[:count], "The first of the given samples."
+    assert who.model is not None
+    sampler, nfe, shape, classes = summary.sampler_of(who.model, who.steps)
+    drawn = latents(seed, range(count), shape, classes)
+    if classes:
+        drawn = Latents(drawn.z, torch.arange(count) // 10 % classes)
+    text = f"{nfe} network call{'s' if nfe > 1 else ''} per sample, equal noise for all models."
+    return generate(sampler, drawn, classes), text
+
+
+def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evaluation) -> list[Panel]:
+    """Samples beside their nearest training images in features: copies would show."""
+    who = next((c for c in contestants if isinstance(c.model, Generator)), None)
+    if who is None or not isinstance(judge, ImageJudge):
+        return []
+    law = law_of(who, who.name)
+    try:
+        train = data.load(settings.data or law)
+    except ValueError:  # the data set is not on this machine
+        text = f"Nothing to show: the data of {law} are not on this machine (give --data)."
+        return [report.Picture("Nearest training images", text, b"")]
+    x, _ = _some(who, settings.seed, 100)
+    x = x[::10]
+    ours, theirs = judge.network(x), features.in_batches(judge.network, train.x)
+    nearest = torch.cdist(ours, theirs).argmin(1)
+    gaps = nearest_neighbour_distance(x.flatten(1), train.x.flatten(1))
+    pairs = torch.stack([x, train.x[nearest]], 1).flatten(0, 1)
+    text = (
+        f"Pairs: a sample of {who.name}, and the training image nearest to it in features. Smallest pixel distance "
+        f"of a sample to any training image: {float(gaps.min()):.3g} (0 is a copy)."
+    )
+    return [report.Picture("Nearest training images", text, png(grid(pairs, 4)))]
+
+
+def _classes(result: dict[str, Any]) -> list[Panel]:
+    """Accuracy and share of each class."""
+    panels: list[Panel] = []
+    for key, title, text in (
+        (
+            "accuracy_by_class",
+            "Accuracy by class",
+            "Share of samples that the classifier assigns to the class asked for.",
+        ),
+        ("share_by_class", "Share by class", "Share of all samples that the classifier assigns to the class."),
+    ):
+        series = {
+            row["name"]: [(float(k), value) for k, value in enumerate(row["details"][key])]
+            for row in result["rows"]
+            if key in row["details"]
+        }
+        if series:
+            panels.append(report.Curve(title, text, "class", "share", series))
+    return panels
