@@ -201,14 +201,16 @@ class ReferenceOptions:
     """Options of `limbeck reference`.
 
     Attributes:
-        features: a bundled classifier's name or a classifier's file.
+        features: a bundled classifier's name, a classifier's file or a TorchScript file.
         out: the .npz file to write.
+        size: side to which pictures of a folder are resized.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     features: str
     out: str
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix != ".npz":
@@ -353,6 +355,7 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
     )
     settings: Evaluation = config.validate(Evaluation, keys)
     out = None if options.out is None else Path(options.out)
+    _warn(settings.features)
     result = contest(words, settings, out, _say, options.against, options.size)
     if rank_and_world()[0] != 0:
         return
@@ -380,10 +383,19 @@ def _reference(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.evaluate import Reference
 
     options: ReferenceOptions = config.validate(ReferenceOptions, keys)
-    samples = data.load(_one(words, "DATA"))
+    samples = data.load(_one(words, "DATA"), options.size)
+    _warn(options.features)
     network = features.load(options.features)
     Reference.measure(samples, network, features.digest(options.features)).save(Path(options.out))
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
+
+
+def _warn(source: str | None) -> None:
+    from limbeck import features
+
+    line = features.warning(source)
+    if line is not None:
+        _say(line)
 
 
 def _show(words: list[str], keys: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,22 +86,70 @@ class Classifier(nn.Module):
         return {"network": self.name, "arguments": self.arguments}
 
 
+class Scripted(nn.Module):
+    """A TorchScript feature network that reads 8-bit RGB images, as NVIDIA's Inception file does: the way to EDM's FID.
+
+    Samples in [-1, 1] become bytes, grey becomes three equal channels. The script is called with return_features=True,
+    or without it if it takes no such argument.
+    """
+
+    def __init__(self, script: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.script = script
+        names = [argument.name for argument in cast(Any, script.forward).schema.arguments]
+        self.options = {"return_features": True} if "return_features" in names else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, d) of samples (B, 1 or 3, H, W) in [-1, 1]."""
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(f"features: this network reads images (B, 1 or 3, H, W), got {tuple(x.shape)}")
+        images = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+        features: Tensor = self.script(images.expand(-1, 3, -1, -1), **self.options)
+        return features.flatten(1)
+
+
 def load(source: str | nn.Module) -> nn.Module:
     """A feature network, frozen and in eval mode.
 
     Args:
-        source: the name of a bundled classifier, a classifier's safetensors file, or any module (B, *shape) -> (B, d).
+        source: the name of a bundled classifier; a classifier's safetensors file; a TorchScript file (.pt), which is a
+            program and runs with your rights; or any module (B, *shape) -> (B, d).
 
     Raises:
         ValueError: for an unknown name or a file of another kind.
     """
-    network = artifact.load(artifact.locate(source, "classifier"), "classifier") if isinstance(source, str) else source
+    if isinstance(source, nn.Module):
+        network = source
+    elif source.endswith(".pt"):
+        network = _script(source)
+    else:
+        network = artifact.load(artifact.locate(source, "classifier"), "classifier")
     return network.eval().requires_grad_(False)
+
+
+def _script(path: str) -> Scripted:
+    if not Path(path).is_file():
+        raise ValueError(f"features: no file {path!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is retired, but these files are what exists
+            return Scripted(torch.jit.load(path, map_location="cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"features: {path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
 
 
 def digest(source: str | nn.Module) -> str:
     """SHA-256 of a feature network: of its file, or of a given module's tensors."""
-    return sha256(artifact.locate(source, "classifier")) if isinstance(source, str) else artifact.fingerprint(source)
+    if isinstance(source, nn.Module):
+        return artifact.fingerprint(source)
+    return sha256(Path(source) if source.endswith(".pt") else artifact.locate(source, "classifier"))
+
+
+def warning(source: str | None) -> str | None:
+    """What to tell a user who names a feature network: a TorchScript file is a program. None if there is nothing."""
+    if source is None or not source.endswith(".pt") or not Path(source).is_file():
+        return None
+    return f"features: {source} is a program that now runs with your rights (SHA-256 {digest(source)[:16]}...)"
 
 
 @torch.no_grad()

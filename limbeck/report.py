@@ -95,7 +95,7 @@ METRICS: dict[str, Metric] = {
         "everything but the mean and covariance of the pixels, hence to fine detail.",
     ),
     "kid": Metric(
-        "Kernel inception distance",
+        "Kernel distance",
         "lower",
         "Kernel distance between the features of generated and of real images; unbiased, so it can fall below zero.",
         "differences beyond the third moments of the features, and memorised images.",
@@ -1249,7 +1249,9 @@ def _runs(table: Sequence[Mapping[str, str | float]]) -> _Html:
         aim = _el("small", AIMS[metric.aim][2:]) if metric else None
         name = _el("button", _el("span", metric.name if metric else COLUMNS.get(key, key)), aim, at={"type": "button"})
         heads.append(_el("th" + ".num" * numeric, name, at={"title": metric.about} if metric else None))
-        scores = [score for value in values if (score := _number(value)) is not None]
+        # the truth does not compete
+        rivals = [row.get(key) for row in table if row.get("name") != "floor"]
+        scores = [score for value in rivals if (score := _number(value)) is not None]
         best = None
         if metric and metric.aim != "floor" and len(scores) > 1:
             best = min(scores) if metric.aim == "lower" else max(scores)

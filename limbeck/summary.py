@@ -18,7 +18,7 @@ from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, latents
-from limbeck.evaluate.judge import bundled_judge, read_judge
+from limbeck.evaluate.judge import bundled_judge, is_inception, read_judge
 from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.features import Classifier
 from limbeck.files import write_atomically
@@ -69,7 +69,8 @@ def measured_judge(source: str, network: str, quantized: bool) -> ImageJudge:
     """The judge of a data set in a feature network, measured now."""
     samples, module = data.load(source), features.load(network)
     reference = Reference.measure(samples, module, features.digest(network))
-    return ImageJudge(reference, module, samples.fingerprint(), quantized)
+    inception = is_inception(network, reference)
+    return ImageJudge(reference, module, samples.fingerprint(), quantized, is_fid=inception)
 
 
 def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int]:
@@ -237,7 +238,7 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
 
 
 MAIN = (
-    "fd_feature", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density", "coverage",
+    "fid", "fd_feature", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density", "coverage",
     "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density", "mode_recall",
     "c2st", "held_out_accuracy",
 )  # fmt: skip

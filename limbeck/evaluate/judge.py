@@ -200,6 +200,7 @@ class ImageJudge:
         digest: SHA-256 of the reference.
         quantize: score images as the 8-bit values that a file would hold.
         half: compare with the half of the reference that the final scores do not use.
+        is_fid: the features are Inception's, so that their Fréchet distance may be called FID.
     """
 
     reference: Reference
@@ -207,6 +208,7 @@ class ImageJudge:
     digest: str
     quantize: bool = True
     half: bool = False
+    is_fid: bool = False
 
     def tally(self) -> ImageTally:
         return ImageTally(self)
@@ -297,6 +299,8 @@ class ImageTally:
         details: dict[str, list[float]] = {}
         if self.confusion.numel():
             self._classes(told, details)
+        if self.judge.is_fid:
+            told["fid"] = told["fd_feature"]
         if half:  # the cheap scores are enough to steer by
             return Judgement(told, details=details)
         intervals: dict[str, tuple[float, float]] = {}
@@ -422,4 +426,9 @@ def read_judge(path: Path, network: str, quantized: bool) -> ImageJudge:
         raise ValueError(
             f"{path}: made with the feature network {reference.features[:12]}, but {network} is {digest[:12]}"
         )
-    return ImageJudge(reference, module, sha256(path), quantized)
+    return ImageJudge(reference, module, sha256(path), quantized, is_fid=is_inception(network, reference))
+
+
+def is_inception(network: str, reference: Reference) -> bool:
+    """The file that EDM's FID is defined by, inception-2015-12-05, with its 2,048 features."""
+    return Path(network).name.startswith("inception-2015-12-05") and len(reference.moments["feature"][0]) == 2048
