@@ -40,3 +40,8 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     c = 0.00054 * math.sqrt(a[0].numel()) if c is None else c
     # the form that does not cancel for gaps below c
     return gap / ((gap + c**2).sqrt() + c)
+
+
+def l1_scale(x: Tensor, real: Tensor) -> Tensor:
+    """1 / max(mean |x - D_real|, 1e-5) per sample (B,), without gradient: the normaliser of DMD and SiD."""
+    return 1 / per_sample((x - real).abs(), "mean").detach().clamp(min=1e-5)

@@ -214,21 +214,23 @@ BAD: list[tuple[str, str]] = [
     ("teach truncated.npz --out o", "truncated.npz: not a readable .npz file"),
     ("teach flipped.npz --out o", "flipped.npz: not a readable .npz file"),
     ("teach text.txt --out o", "text.txt: not a readable .npz file"),
-    ("teach . --out o", "train-images-idx3-ubyte: is missing"),
+    ("teach . --out o", ".: holds no pictures"),
     # folders
     ("distill exact:ring8 --out text.txt", "out: text.txt is a file"),
     ("distill exact:ring8 --out .", "out: . holds other files"),
     # scores
     ("distill digits --out o --evaluate.samples 1", "evaluate.samples: must be at least 2"),
-    ("distill digits --out o --evaluate.data points.npz", "evaluate: give both evaluate.data and evaluate.features"),
+    ("distill digits --out o --evaluate.data points.npz", "evaluate.features: a reference needs a feature network"),
+    ("distill digits --out o --evaluate.features digits", "evaluate.features: needs evaluate.data"),
     ("distill digits --out o --evaluate.data points.npz --evaluate.features digits", "features: this network reads"),
     ("distill digits --out o --evaluate.data tiny-images.npz --evaluate.features digits", "features: this network"),
     ("distill low.safetensors --out o --method.levels.sigma_max 9 --evaluate.data digits --evaluate.features digits",
-     "evaluate.data: reference samples have 64 values"),
-    ("evaluate", "FILE: expected one"),
+     "evaluate: reference samples have 64 values"),
+    ("evaluate", "FILE: expected at least one"),
     ("evaluate nowhere", "teacher: no file or bundled teacher 'nowhere'"),
-    ("evaluate low.safetensors", "evaluate: nothing to score low.safetensors against"),
-    ("evaluate digits --against exact:ring8", "against: exact:ring8 has samples of shape (2,)"),
+    ("evaluate low.safetensors", "reference: there is none for 'low.safetensors'"),
+    ("evaluate digits --against exact:ring8", "digits: its samples have shape (1, 8, 8), the reference"),
+    ("evaluate exact:ring8 --against nowhere", "reference: there is none for 'nowhere'"),
     ("evaluate exact:ring8 --samples 1", "samples: must be at least 2"),
     ("evaluate exact:ring8 --sample 9", "sample: unknown key, perhaps you meant samples"),
     ("reference digits --features digits", "out: is missing"),
@@ -621,15 +623,16 @@ def test_evaluate_repeats_the_report(distilled: Path, capsys: pytest.CaptureFixt
     for source in (distilled, distilled / "generator.safetensors"):
         assert cli.main(["evaluate", str(source), "--samples", "200", "--teacher_steps", "4", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        assert result["student"]["metrics"] == pytest.approx(told["student"]["metrics"], rel=1e-6, abs=1e-9)
-        assert result["floor"] == told["floor"] and result["student"]["nfe"] == 1
-        assert result["settings"]["samples"] == 200
+        (row,) = result["rows"]
+        assert row["metrics"] == pytest.approx(told["student"]["metrics"], rel=1e-6, abs=1e-9)
+        assert (row["name"], row["nfe"], row["parameters"]) == (str(source), 1, told["parameters"])
+        assert result["floor"]["metrics"] == told["floor"]["metrics"] and result["settings"]["samples"] == 200
 
 
 def test_evaluate_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate exact:ring8 --samples 100 --teacher_steps 6 --draws 2 --json") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["student"]["nfe"] == 11 and result["student"]["spread"]["mmd"] > 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["nfe"] == 11 and row["spread"]["mmd"] > 0
     assert run("evaluate exact:ring8 --samples 100 --teacher_steps 6") == 0
     told = capsys.readouterr().out
     assert "network calls" in told and "log_density" in told and "floor" in told
@@ -640,7 +643,28 @@ def test_evaluate_against(place: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert (
             run(f"evaluate {place / 'low.safetensors'} --against {against} --samples 50 --teacher_steps 3 --json") == 0
         )
-        assert "mmd" in json.loads(capsys.readouterr().out)["student"]["metrics"]
+        assert "mmd" in json.loads(capsys.readouterr().out)["rows"][0]["metrics"]
+
+
+def test_evaluate_side_by_side(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns keep the order of the command line; the same call again reads the stored scores."""
+    names = ["exact:ring8", "exact:ring8@6", str(place / "student.safetensors")]
+    settings = ["--samples", "50", "--teacher_steps", "3", "--out", str(tmp_path / "c"), "--json"]
+    told = []
+    for _ in range(2):
+        assert cli.main(["evaluate", *names, *settings]) == 0
+        told.append(json.loads(capsys.readouterr().out)["rows"])
+    assert [row["name"] for row in told[0]] == names and [row["nfe"] for row in told[0]] == [5, 11, 1]
+    assert told[0] == told[1]  # times included
+
+
+def test_stored_scores_belong_to_their_law(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"evaluate {place / 'student.safetensors'} --samples 50 --out {tmp_path / 'c'} --json --against"
+    told = []
+    for law in ("exact:ring8", "exact:gaussian"):
+        assert run(f"{line} {law}") == 0
+        told.append(json.loads(capsys.readouterr().out)["rows"][0]["metrics"]["mmd"])
+    assert told[0] != told[1]
 
 
 def test_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -788,7 +788,10 @@ def test_scores_against_own_data(tmp_path: Path, tiny: dict[str, Any], images: s
         (lambda out, images, points: limbeck.teach(images, out=out, teacher="digits"), "^teacher: belongs to"),
         (lambda out, images, points: limbeck.teach(images, "pid", out=out), "^method.name: unknown method 'pid'"),
         (lambda out, images, points: limbeck.teach("nowhere.npz", out=out), "^data: no file or folder 'nowhere.npz'"),
-        (lambda out, images, points: limbeck.teach(images, out=out, evaluate={"data": images}), "^evaluate: give both"),
+        (
+            lambda out, images, points: limbeck.teach(images, out=out, evaluate={"data": images}),
+            "^evaluate.features: a reference needs",
+        ),
     ],
 )
 def test_bad_teaching_writes_nothing(tmp_path: Path, images: str, points: str, call: Any, named: str) -> None:

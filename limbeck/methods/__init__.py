@@ -16,6 +16,8 @@ class Entry(NamedTuple):
 
 TABLE: dict[str, Entry] = {
     "pid": Entry("limbeck.methods.pid:PID", "Physics Informed Distillation", "arXiv:2411.08378"),
+    "diff_instruct": Entry("limbeck.methods.diff_instruct:DiffInstruct", "Diff-Instruct", "arXiv:2305.18455"),
+    "sid": Entry("limbeck.methods.sid:SiD", "Score identity Distillation", "arXiv:2404.04057"),
 }
 
 
