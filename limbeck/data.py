@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import math
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def load(source: str, size: int | None = None) -> Data:
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size: must be at least 1, got {size}")
     if source == "digits":
         return read_npz(artifact.bundled("digits-data.npz"), "digits")
     path = FASHION if source == "fashion" else Path(source)
@@ -90,10 +93,15 @@ def load(source: str, size: int | None = None) -> Data:
 def read_pictures(folder: Path, size: int | None) -> Data:
     """PNG, JPEG and WebP files of a folder, in order of their names; sub-folders are classes 0, 1, ... by name.
 
+    Grey pictures among coloured ones become RGB.
+
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    kinds = sorted(path for path in folder.iterdir() if path.is_dir())
+    kinds = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    loose = next((path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES), None)
+    if kinds and loose is not None:
+        raise ValueError(f"{loose}: lies beside sub-folders, which are classes; a picture must be in one of them")
     labelled = [(path, k) for k, kind in enumerate(kinds or [folder]) for path in sorted(kind.iterdir())]
     found = [(path, k) for path, k in labelled if path.suffix.lower() in PICTURES]
     if not found:
@@ -101,20 +109,25 @@ def read_pictures(folder: Path, size: int | None) -> Data:
     images: list[np.ndarray] = []
     for path, _ in found:
         image = _read_picture(path, size)
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"{path}: has shape {image.shape}, the others {images[0].shape}; give one size, e.g. --size 32"
-            )
+        if images and image.shape[:2] != images[0].shape[:2]:
+            sides = [f"{height} x {width}" for height, width, _ in (image.shape, images[0].shape)]
+            raise ValueError(f"{path}: has {sides[0]} pixels, the others {sides[1]}; give one size, e.g. --size 32")
         images.append(image)
-    x = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    channels = max(image.shape[2] for image in images)
+    pixels = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
+    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
     return Data(folder.name, x.contiguous(), torch.tensor([k for _, k in found]) if kinds else None)
 
 
 def _read_picture(path: Path, size: int | None) -> np.ndarray:
     """One picture as uint8 (H, W, C); grey stays one channel, everything else becomes RGB."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert("L" if file.mode in ("1", "L", "I;16") else "RGB")
+        # a large picture may be meant, and a palette's transparency is dropped like any other
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            if file.mode.startswith("I"):  # 16-bit grey, which convert() would clip to 255
+                picture = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+            else:
+                picture = file.convert("L" if file.mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable picture ({error})") from None
     if size is not None:
@@ -155,7 +168,7 @@ def _read_idx_file(path: Path, dimensions: int) -> np.ndarray:
         if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < head:
             raise ValueError(f"is not an IDX file of {dimensions}-dimensional bytes")
         shape = struct.unpack(f">{dimensions}I", content[4:head])
-        if len(content) - head != math.prod(shape) or not shape[0]:
+        if len(content) - head != math.prod(shape) or not math.prod(shape):
             raise ValueError(f"declares {math.prod(shape):,} values and holds {len(content) - head:,}")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -168,14 +181,15 @@ def read_npz(path: Path, name: str) -> Data:
     if "x" not in arrays:
         raise ValueError(f"{path}: has no array x, only {', '.join(arrays) or 'nothing'}")
     x, y = arrays["x"], arrays.get("y")
-    if x.ndim < 2 or len(x) == 0:
+    if x.ndim < 2 or x.size == 0:
         raise ValueError(f"{path}: x must have shape (n, ...) with n >= 1, got {x.shape}")
     if x.dtype == np.uint8:
         if x.ndim != 4:
             raise ValueError(f"{path}: uint8 images x must have shape (n, H, W, C), got {x.shape}")
         samples = torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
     elif np.issubdtype(x.dtype, np.floating):
-        samples = torch.from_numpy(x.astype(np.float32))
+        with np.errstate(over="ignore"):  # what float32 cannot hold is reported as Inf below
+            samples = torch.from_numpy(x.astype(np.float32))
     else:
         raise ValueError(f"{path}: x must be uint8 or floating point, got {x.dtype}")
     if not torch.isfinite(samples).all():
@@ -201,5 +215,6 @@ def open_npz(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(f"{member.filename} declares {member.file_size:,} bytes, the limit is {LIMIT:,}")
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    # a damaged archive raises whatever its decoder meets: zlib.error, EOFError, RuntimeError, NotImplementedError, ...
+    except Exception as error:
         raise ValueError(f"{path}: not a readable .npz file ({error})") from None

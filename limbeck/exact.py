@@ -27,7 +27,10 @@ def _dtype(*values: object) -> torch.dtype:
 
 
 def _finite(values: object, name: str) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=torch.float64).clone()
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float64).clone()
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}: not an array of numbers ({error})") from None
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: contains NaN or Inf")
     return tensor

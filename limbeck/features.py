@@ -104,7 +104,11 @@ class Scripted(nn.Module):
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"features: this network reads images (B, 1 or 3, H, W), got {tuple(x.shape)}")
         images = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
-        features: Tensor = self.script(images.expand(-1, 3, -1, -1), **self.options)
+        try:
+            features: Tensor = self.script(images.expand(-1, 3, -1, -1), **self.options)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"features: the script fails on images {tuple(x.shape[1:])} ({reason})") from None
         return features.flatten(1)
 
 
@@ -136,6 +140,8 @@ def _script(path: str) -> Scripted:
             return Scripted(torch.jit.load(path, map_location="cpu"))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"features: {path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+    except AttributeError:
+        raise ValueError(f"features: {path} has no forward method") from None
 
 
 def digest(source: str | nn.Module) -> str:

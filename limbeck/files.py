@@ -14,7 +14,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         OSError: e.g. on a full disk; the old file is then intact and nothing is left behind.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
     try:
         with open(temporary, "wb") as file:
             file.write(data)

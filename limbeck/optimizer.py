@@ -36,8 +36,8 @@ class Optimizer:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: must be positive and finite, got {self.lr}")
+        if not 0 < self.lr <= 100:
+            raise ValueError(f"lr: must be positive and at most 100, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: must lie in [0, 1), got {self.betas}")
         if not 0 < self.eps < math.inf:

@@ -7,6 +7,7 @@ report.json and report.html. The same call again continues where the folder stan
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import json
@@ -86,9 +87,8 @@ def distill(
         Stopped: after Ctrl-C or SIGTERM, when the run has been saved.
         NonFinite: when a loss or gradient is NaN or Inf; the last checkpoint is intact.
     """
-    table: dict[str, Any] = {"teacher": teacher if isinstance(teacher, str) else _class_of(teacher), "method": method}
-    for key, value in keys.items():
-        config.set_dotted(table, key, value)
+    named = teacher if isinstance(teacher, str) else _class_of(teacher)
+    table = _table({"teacher": named, "method": method}, keys)
     recipe = config.resolve(table, methods.METHODS, foreign=True)
     return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher)
 
@@ -121,10 +121,17 @@ def teach(
 
     Arguments, result and errors as `distill`; `source` is a data set (see `data.load`).
     """
-    table: dict[str, Any] = {"data": source, "method": method}
-    for key, value in keys.items():
-        config.set_dotted(table, key, value)
+    table = _table({"data": source, "method": method}, keys)
     return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell)
+
+
+def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with dotted `keys`; the caller's dictionaries stay as they are."""
+    if isinstance(table["method"], str):
+        table["method"] = {"name": table["method"]}
+    for key, value in {**table, **keys}.items():
+        config.set_dotted(table, key, copy.deepcopy(value) if isinstance(value, dict) else value)
+    return table
 
 
 def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
@@ -190,6 +197,7 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser) -> Trainer:
 def _run(job: Job, tell: Tell) -> dict[str, Any]:
     recipe, out, trainer = job.recipe, job.out, job.trainer
     table = config.to_table(recipe)
+    artifact.describe(trainer.ema.module)  # a model that cannot be stored is refused before it is trained
     _check_folder(out, table)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -197,10 +205,10 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     with _lock(out), _signals() as stop:
         seconds, best = _resume(job, tell)
         write_atomically(out / "recipe.toml", config.dump_toml(table))
-        report = out / "report.json"
-        if trainer.step >= recipe.steps and report.is_file():
+        report = _finished(job, table)
+        if report is not None:
             tell(f"{out}: finished at step {trainer.step}; see {out / 'report.html'}")
-            return dict(json.loads(report.read_text()))
+            return report
         seconds, best = _loop(job, seconds, best, stop, tell)
         model = trainer.ema.module
         facts = {**_facts(job), "seconds": round(seconds, 1)}
@@ -216,6 +224,18 @@ def _facts(job: Job) -> dict[str, Any]:
         "images": job.trainer.images,
         "made_by": limbeck.__version__,
     }
+
+
+def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of this run as it is asked for; None if there is anything left to train, store or score."""
+    if job.trainer.step < job.recipe.steps or not (job.out / f"{job.product}.safetensors").is_file():
+        return None
+    try:
+        report: dict[str, Any] = json.loads((job.out / "report.json").read_text())
+        same = report["steps"] == job.trainer.step and report["recipe"]["evaluate"] == table["evaluate"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report if same else None
 
 
 def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -> tuple[float, Best | None]:
@@ -308,7 +328,7 @@ def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
     _trim_log(job.out / "log.jsonl", job.trainer.step)
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
-    return float(state["seconds"]), Best(**state["best"]) if state["best"] else None
+    return float(state["seconds"]), Best(**state["best"]) if state.get("best") else None
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -357,13 +377,16 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
         ValueError: naming the keys.
     """
     path = out / "recipe.toml"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file, a run needs a folder")
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"out: {place} is a file, a run needs a folder")
     if not path.is_file():
-        if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()):
+        if out.is_dir() and any(p.name not in (".lock", ".recipe.toml.tmp") for p in out.iterdir()):
             raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")
         return
     old = config.read_toml(path)
+    if "method" in old and not any((out / "checkpoints").glob("ckpt-*")):
+        return  # nothing was made by the old settings
     changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]
     if changed:
         raise ValueError(f"out: {out} holds a run with other settings ({', '.join(changed)}); choose another folder")

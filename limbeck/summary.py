@@ -44,6 +44,9 @@ def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None) -> Judge
         ValueError: if the reference or its features are incomplete, or do not fit the teacher.
     """
     if isinstance(teacher, Gaussian | Mixture | Empirical):
+        for name in ("data", "features"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"evaluate.{name}: an exact law is its own reference; leave evaluate.{name} out")
         return ExactJudge(teacher, settings.seed)
     judge: ImageJudge | None
     if settings.reference is not None or settings.data is not None:
@@ -97,7 +100,8 @@ def progress(recipe: Recipe, start: int) -> Iterator[Callable[[int, Mapping[str,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("steps", total=recipe.steps, completed=start, loss="")
 
         def moved(step: int, told: Mapping[str, Tensor]) -> None:

@@ -345,15 +345,10 @@ def test_kill_in_a_save(tmp_path: Path, distill: Any, ends_equal: Any, in_child:
     ends_equal(tmp_path / "r")
 
 
-def reported(reason: str) -> Any:
-    """A defect that is known and not yet repaired. Strict: its repair shows up as a failure, and this mark goes."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("recipe.toml", marks=reported("its temporary file counts as a file of somebody else")),
+        "recipe.toml",
         "generator.safetensors",
         "report.json",
         "report.html",
@@ -800,10 +795,6 @@ def test_bad_teaching_writes_nothing(tmp_path: Path, images: str, points: str, c
     assert not (tmp_path / "r").exists()
 
 
-# Reported defects
-
-
-@reported("run._run takes the report of the shorter run for that of the grown one")
 def test_killed_at_the_end_of_a_grown_run(tmp_path: Path, distill: Any, in_child: Any, die: Any) -> None:
     distill(tmp_path / "r")
 
@@ -815,13 +806,11 @@ def test_killed_at_the_end_of_a_grown_run(tmp_path: Path, distill: Any, in_child
     assert distill(tmp_path / "r", steps=8)["steps"] == 8
 
 
-@reported("run._run does not score a finished run again when evaluate.* changes, yet rewrites recipe.toml")
 def test_a_finished_run_is_scored_as_its_recipe_says(tmp_path: Path, distill: Any) -> None:
     distill(tmp_path / "r")
     assert distill(tmp_path / "r", evaluate={"samples": 300, "teacher_steps": 5})["teacher_scores"]["nfe"] == 9
 
 
-@reported("run._run calls a run finished whose model file is gone")
 def test_a_finished_run_without_its_model(tmp_path: Path, distill: Any) -> None:
     distill(tmp_path / "r")
     (tmp_path / "r" / "generator.safetensors").unlink()
@@ -829,12 +818,10 @@ def test_a_finished_run_without_its_model(tmp_path: Path, distill: Any) -> None:
     assert (tmp_path / "r" / "generator.safetensors").is_file()
 
 
-@reported("distill(method='pid', **{'method.N': 10}) calls method a single value")
 def test_dotted_keys_of_a_method_given_by_name(tmp_path: Path, distill: Any) -> None:
     assert distill(tmp_path / "r", **{"method.N": 10})["method"]["N"] == 10
 
 
-@reported("a template that cannot be stored in a file is found out after the last step")
 def test_a_network_that_cannot_be_stored_is_refused_at_once(tmp_path: Path, distill: Any) -> None:
     class Mine(torch.nn.Module):
         def __init__(self) -> None:
@@ -850,7 +837,6 @@ def test_a_network_that_cannot_be_stored_is_refused_at_once(tmp_path: Path, dist
     assert not (tmp_path / "r").exists()
 
 
-@reported("a recipe that failed before its first step cannot be corrected in its folder")
 def test_a_run_that_never_began_may_be_corrected(tmp_path: Path, distill: Any) -> None:
     with pytest.raises(ValueError, match="reads samples of shape"):
         distill(tmp_path / "r", method={"name": "pid", "metric": "features", "features": "digits"})

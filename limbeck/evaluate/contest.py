@@ -21,11 +21,12 @@ from limbeck import artifact, config, data, features, report, summary, teachers
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser
-from limbeck.distributed import rank_and_world
+from limbeck.distributed import gather, rank_and_world
 from limbeck.evaluate import Judge, Scores, measure, measure_data
 from limbeck.evaluate.draws import Latents, generate, latents
 from limbeck.evaluate.judge import ExactJudge, ImageJudge
 from limbeck.evaluate.neighbours import nearest_neighbour_distance
+from limbeck.features import Classifier
 from limbeck.files import write_atomically
 from limbeck.generator import Generator
 from limbeck.machine import commit, machine, versions
@@ -108,7 +109,7 @@ def judge_of(law: str, settings: Evaluation) -> Judge:
     """
     judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None)
     if judge is None:
-        raise ValueError(f"reference: there is none for {law!r}; give --features with --reference or --data")
+        raise ValueError(f"reference: there is none for {law!r}; give --against, or --features with --reference or --data")
     return judge
 
 
@@ -130,6 +131,7 @@ def contest(
     judge = judge_of(law, settings)
     for who in contestants:
         _check_shape(who, judge, law)
+        _check_range(who, judge)
     rows: list[dict[str, Any]] = []
     for who in contestants:
         scores = _scores(who, judge, settings, out)
@@ -147,17 +149,28 @@ def contest(
         "commit": commit(),
     }
     if out is not None and rank_and_world()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "contest.json", json.dumps(result, indent=1) + "\n")
-        write_atomically(out / "contest.html", page(result, contestants, judge, settings))
+        _write(out, result, lambda: page(result, contestants, judge, settings))
         tell(f"report: {out / 'contest.html'}")
     return result
+
+
+def _write(out: Path, result: dict[str, Any], html: Callable[[], str]) -> None:
+    """contest.html, then contest.json; nothing if they are there and say the same."""
+    text, facts, shown = json.dumps(result, indent=1) + "\n", out / "contest.json", out / "contest.html"
+    if shown.is_file() and facts.is_file() and facts.read_text() == text:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(shown, html())
+    write_atomically(facts, text)
 
 
 def _check_shape(who: Contestant, judge: Judge, law: str) -> None:
     if isinstance(judge, ExactJudge):
         wanted = judge.target.shape
         fits = tuple(who.shape) == tuple(wanted)
+    elif isinstance(judge, ImageJudge) and isinstance(judge.network, Classifier):
+        wanted = judge.network.shape
+        fits = tuple(who.shape) == wanted
     else:
         assert isinstance(judge, ImageJudge)
         pixel = judge.reference.moments.get("pixel")
@@ -165,6 +178,18 @@ def _check_shape(who: Contestant, judge: Judge, law: str) -> None:
         fits = pixel is None or torch.Size(who.shape).numel() == len(pixel[0])
     if not fits:
         raise ValueError(f"{who.name}: its samples have shape {who.shape}, the reference {law} has {tuple(wanted)}")
+
+
+def _check_range(who: Contestant, judge: Judge) -> None:
+    """Given images are in [-1, 1]: only then their rounding to bytes is that of a file."""
+    if who.samples is None or not isinstance(judge, ImageJudge) or not judge.quantize:
+        return
+    low, high = float(who.samples.x.min()), float(who.samples.x.max())
+    if max(-low, high) > 1 + 1 / 255:  # half a grey level of overshoot rounds to the ends
+        raise ValueError(
+            f"{who.name}: its values span [{low:.4g}, {high:.4g}], images must lie in [-1, 1]; "
+            "clip or rescale them, or give uint8 of shape (n, H, W, C)"
+        )
 
 
 def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | None) -> Scores:
@@ -178,7 +203,9 @@ def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | Non
     key["steps"] = who.steps if isinstance(who.model, Denoiser) else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     stored = out / "scores" / f"{digest}.json" if out is not None else None
-    if stored is not None and stored.is_file():
+    # all processes must agree, or one would wait for the others' samples forever
+    known = gather({"known": torch.tensor(int(stored is not None and stored.is_file()))})
+    if stored is not None and all(bool(state["known"]) for state in known):
         return Scores(**json.loads(stored.read_text()))
     if who.samples is not None:
         scores = measure_data(who.samples, judge)
@@ -266,7 +293,7 @@ def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluat
         x, text = _some(who, settings.seed, 2000 if clouds else 100)
         if clouds:
             clouds[who.name] = x.tolist()
-        elif x.ndim == 4:
+        elif x.ndim == 4 and x.shape[1] in (1, 3, 4):
             panels.append(report.Picture(who.name, text, png(grid(x, 10))))
     if clouds:
         panels.append(report.Scatter("Samples", "Models start from equal noise.", clouds))

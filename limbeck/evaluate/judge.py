@@ -7,6 +7,7 @@ features, so that its memory does not grow with the number of samples; tallies o
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from limbeck.evaluate.neighbours import precision_recall_density_coverage
 from limbeck.evaluate.transport import sliced_wasserstein
 from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.features import Classifier
-from limbeck.files import sha256
+from limbeck.files import sha256, write_atomically
 from limbeck.randomness import stream
 
 Metrics = dict[str, float]
@@ -124,7 +125,12 @@ class Reference:
 
         The floors, for each space: the distance of `samples` rows drawn with replacement to the whole set (what a
         perfect sampler of this very set would score); and `halves`, the distance between two random halves.
+
+        Raises:
+            ValueError: for fewer than 4 samples, of which no two halves have a covariance.
         """
+        if len(data.x) < 4:
+            raise ValueError(f"{data.name}: a reference needs at least 4 samples, got {len(data.x)}")
         spaces = {"feature": features.in_batches(network, data.x)}
         if data.x[0].numel() <= WIDEST:
             spaces["pixel"] = data.x.flatten(1)
@@ -149,14 +155,17 @@ class Reference:
         return cls(moments, rows.half().float(), floors, network_hash, len(data.x))
 
     def save(self, path: Path) -> None:
-        """Write as .npz; the rows of features in half precision."""
+        """Write as .npz, atomically; the rows of features in half precision."""
         arrays: dict[str, Any] = {"features_sha256": np.array(self.features), "count": np.array(self.count)}
         arrays["rows"] = self.rows.half().numpy()
         for space, (mean, cov) in self.moments.items():
             arrays[f"mean_{space}"], arrays[f"cov_{space}"] = mean.numpy(), cov.numpy()
         for name, value in self.floors.items():
             arrays[f"floor_{name}"] = np.array(value)
-        np.savez_compressed(path, **arrays)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
 
     @classmethod
     def read(cls, path: Path) -> Reference:
@@ -166,29 +175,29 @@ class Reference:
             ValueError: if the file is not a reference.
         """
         arrays = open_npz(path)
-        if {"mu", "sigma"} <= arrays.keys():
-            moments = {"feature": _checked(path, arrays["mu"], arrays["sigma"])}
-            return cls(moments, torch.empty(0, len(moments["feature"][0])), {}, "", 0)
         try:
-            spaces = [key.removeprefix("mean_") for key in arrays if key.startswith("mean_")]
-            moments = {s: _checked(path, arrays[f"mean_{s}"], arrays[f"cov_{s}"]) for s in spaces}
+            if {"mu", "sigma"} <= arrays.keys():
+                moments = {"feature": _checked("", arrays["mu"], arrays["sigma"])}
+                return cls(moments, torch.empty(0, len(moments["feature"][0])), {}, "", 0)
+            spaces = [key.removeprefix("mean_") for key in ("mean_feature", *arrays) if key.startswith("mean_")]
+            moments = {s: _checked(f" of {s}", arrays[f"mean_{s}"], arrays[f"cov_{s}"]) for s in spaces}
             floors = {k.removeprefix("floor_"): float(v) for k, v in arrays.items() if k.startswith("floor_")}
             rows = torch.from_numpy(arrays["rows"]).float()
+            if rows.shape[1:] != moments["feature"][0].shape or not torch.isfinite(rows).all():
+                raise ValueError(f"rows of shape {tuple(rows.shape)} are not features")
             digest, count = str(arrays["features_sha256"]), int(arrays["count"])
-            if "feature" not in moments:
-                raise KeyError("mean_feature")
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"{path}: not a reference file ({error} is missing)") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a reference file ({error})") from None
         return cls(moments, rows, floors, digest, count)
 
 
-def _checked(path: Path, mean: np.ndarray, cov: np.ndarray) -> tuple[Tensor, Tensor]:
-    if (
-        mean.ndim != 1
-        or cov.shape != (len(mean), len(mean))
-        or not (np.isfinite(mean).all() and np.isfinite(cov).all())
-    ):
-        raise ValueError(f"{path}: a mean of shape {mean.shape} and a covariance of shape {cov.shape} do not fit")
+def _checked(space: str, mean: np.ndarray, cov: np.ndarray) -> tuple[Tensor, Tensor]:
+    if mean.ndim != 1 or mean.size == 0 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(f"a mean{space} of shape {mean.shape} and a covariance of shape {cov.shape} do not fit")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"the moments{space} contain NaN or Inf")
     return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(cov.astype(np.float64))
 
 
@@ -221,6 +230,8 @@ class ImageJudge:
 
     @property
     def note(self) -> str:
+        if not self.reference.floors:
+            return "unknown, the reference file brings none"
         return (
             f"Fréchet distances: 10,000 bootstrap draws of the {self.reference.count:,} real images against all of "
             "them; halves, precision, recall, density, coverage: two random halves of the real images against each "
@@ -265,6 +276,11 @@ class ImageTally:
             self.sharpness += torch.special.xlogy(chance, chance).sum()
             # without labels the rows say nothing; the column sums still are the classes found
             wanted = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
+            if len(wanted) and int(wanted.max()) >= len(self.chances):
+                raise ValueError(
+                    f"labels: the samples have class {int(wanted.max())}, the feature network knows "
+                    f"{len(self.chances)} classes (0 to {len(self.chances) - 1})"
+                )
             cells = wanted * len(self.chances) + chance.argmax(1)
             self.confusion += cells.bincount(minlength=self.confusion.numel()).view_as(self.confusion)
             self.labelled = labels is not None
@@ -313,6 +329,7 @@ class ImageTally:
             told |= precision_recall_density_coverage(reference.rows, self.rows)._asdict()
             size = min(1000, len(self.rows), len(reference.rows))
             told["kid"] = kid(self.rows, reference.rows, subset_size=size).mean
+        if min(len(self.rows), len(reference.rows)) >= 100:
             told["c2st"] = c2st(self.rows[:5000], reference.rows[:5000])
         return Judgement(told, intervals, details)
 
@@ -398,7 +415,8 @@ class ExactTally:
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     moments = Moments(values.shape[1])
-    moments.update(values)
+    for part in values.split(KEPT):  # whole data sets are too large for copies in float64
+        moments.update(part)
     return moments.mean, moments.cov
 
 
@@ -426,9 +444,10 @@ def read_judge(path: Path, network: str, quantized: bool) -> ImageJudge:
         raise ValueError(
             f"{path}: made with the feature network {reference.features[:12]}, but {network} is {digest[:12]}"
         )
+    reference = dataclasses.replace(reference, features=digest)  # EDM's statistics do not say
     return ImageJudge(reference, module, sha256(path), quantized, is_fid=is_inception(network, reference))
 
 
 def is_inception(network: str, reference: Reference) -> bool:
     """The file that EDM's FID is defined by, inception-2015-12-05, with its 2,048 features."""
-    return Path(network).name.startswith("inception-2015-12-05") and len(reference.moments["feature"][0]) == 2048
+    return Path(network).name == "inception-2015-12-05.pt" and len(reference.moments["feature"][0]) == 2048

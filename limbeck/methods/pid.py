@@ -101,8 +101,8 @@ class PID:
     gradient: Literal["both", "causal"] = "both"
 
     def __post_init__(self) -> None:
-        if self.N < 2:
-            raise ValueError(f"N: a grid needs at least 2 levels, got {self.N}")
+        if not 2 <= self.N <= 1_000_000:
+            raise ValueError(f"N: must be 2 to 1,000,000 levels, got {self.N}")
         if (self.features is None) == (self.metric == "features"):
             raise ValueError('features: name a feature network with metric = "features", and only then')
 
@@ -115,6 +115,10 @@ class PID:
         nets: dict[str, nn.Module] = {"generator": generator}
         if self.features is not None:
             nets["features"] = feature_networks.load(self.features)
+            try:
+                nets["features"](torch.zeros(1, *template.shape))
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"features: does not read samples of shape {template.shape} ({error})") from None
         return nets
 
     def optimizers(self) -> dict[str, Optimizer]:

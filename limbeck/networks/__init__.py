@@ -39,7 +39,7 @@ def for_samples(name: str, shape: Sequence[int], classes: int, options: Mapping[
     Raises:
         ValueError: naming the `template` key that is wrong.
     """
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"template.network: unknown name {name!r}, expected one of {', '.join(NETWORKS)}")
     sized: dict[str, Any] = {"shape": list(shape), "classes": classes}
     if name in ("songunet", "adm"):

@@ -76,6 +76,8 @@ class DiT(nn.Module):
             raise ValueError(f"template.width: must be a multiple of heads = {heads}, got {width}")
         if depth < 1:
             raise ValueError(f"template.depth: must be at least 1, got {depth}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"template.dropout: must lie in [0, 1), got {dropout}")
         self.arguments: dict[str, Any] = {
             "shape": list(shape), "classes": classes, "patch": patch, "width": width, "depth": depth, "heads": heads,
             "ratio": ratio, "dropout": dropout,

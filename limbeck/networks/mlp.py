@@ -32,6 +32,8 @@ class MLP(nn.Module):
         for field, value in (("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"template.{field}: must be at least 1, got {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"template.dropout: must lie in [0, 1), got {dropout}")
         self.arguments: dict[str, Any] = {
             "shape": list(shape), "classes": classes, "width": width, "depth": depth, "dropout": dropout,
         }  # fmt: skip
