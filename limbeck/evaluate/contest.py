@@ -89,16 +89,26 @@ def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
     return Contestant(source, teachers.load(source), None, steps)
 
 
-def law_of(who: Contestant, source: str) -> str:
+def law_of(source: str) -> str:
     """Name of the law that a contestant imitates: the teacher or data of its recipe, or its own name."""
-    if who.run is not None:
-        recipe = config.read_toml(who.run / "recipe.toml")
-        return str(recipe.get("teacher") or recipe.get("data"))
-    path = Path(source)
+    recipe = _recipe_of(source)
+    return str(recipe.get("teacher") or recipe.get("data") or _model_of(source))
+
+
+def _recipe_of(source: str) -> dict[str, Any]:
+    """The recipe of a run folder or a model's file; empty if there is none."""
+    path = Path(_model_of(source))
+    if (path / "recipe.toml").is_file():
+        return config.read_toml(path / "recipe.toml")
     if path.is_file() and path.suffix == ".safetensors":
-        recipe = artifact.read_card(path).get("recipe", {})
-        return str(recipe.get("teacher") or recipe.get("data") or source)
-    return source.partition("@")[0]
+        return dict(artifact.read_card(path).get("recipe", {}))
+    return {}
+
+
+def _model_of(source: str) -> str:
+    """`source` without its number of Heun steps."""
+    name, _, number = source.rpartition("@")
+    return name if name and number.isdigit() else source
 
 
 def judge_of(law: str, settings: Evaluation) -> Judge:
@@ -109,7 +119,7 @@ def judge_of(law: str, settings: Evaluation) -> Judge:
     """
     judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None)
     if judge is None:
-        raise ValueError(f"reference: there is none for {law!r}; give --against, or --features with --reference or --data")
+        raise ValueError(f"reference: there is none for {law!r}; give --against NAME, or --features and a --reference")
     return judge
 
 
@@ -127,7 +137,7 @@ def contest(
         ValueError: for a contestant that cannot be read or does not fit the reference, before anything is scored.
     """
     contestants = [contestant(source, settings.teacher_steps, size) for source in sources]
-    law = against or law_of(contestants[0], sources[0])
+    law = against or law_of(sources[0])
     judge = judge_of(law, settings)
     for who in contestants:
         _check_shape(who, judge, law)
@@ -318,11 +328,13 @@ def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evalu
     who = next((c for c in contestants if isinstance(c.model, Generator)), None)
     if who is None or not isinstance(judge, ImageJudge):
         return []
-    law = law_of(who, who.name)
+    teacher = law_of(who.name)  # one that was taught here says in its own recipe what it has seen
     try:
-        train = data.load(settings.data or law)
+        train = data.load(settings.data or law_of(teacher), _recipe_of(teacher).get("size"))
+        if train.shape != tuple(who.shape):
+            raise ValueError(f"data: have shape {train.shape}")
     except ValueError:  # the data set is not on this machine
-        text = f"Nothing to show: the data of {law} are not on this machine (give --data)."
+        text = f"Nothing to show: the data of {teacher} are not on this machine (give --data)."
         return [report.Picture("Nearest training images", text, b"")]
     x, _ = _some(who, settings.seed, 100)
     x = x[::10]

@@ -18,6 +18,7 @@ TABLE: dict[str, Entry] = {
     "pid": Entry("limbeck.methods.pid:PID", "Physics Informed Distillation", "arXiv:2411.08378"),
     "diff_instruct": Entry("limbeck.methods.diff_instruct:DiffInstruct", "Diff-Instruct", "arXiv:2305.18455"),
     "sid": Entry("limbeck.methods.sid:SiD", "Score identity Distillation", "arXiv:2404.04057"),
+    "sim": Entry("limbeck.methods.sim:SIM", "Score Implicit Matching", "arXiv:2410.16794"),
 }
 
 
