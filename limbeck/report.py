@@ -1033,8 +1033,8 @@ def _scores(run: _Run) -> _Html:
     teacher = "The teacher is the model that was distilled, sampled with all its network calls. "
     floor = "The floor is what real data score: with this many samples, no model can be expected to do better."
     best = (
-        "The first column is the last step. Best is the checkpoint that scored best on samples and on a half of the "
-        "reference that the scores below do not use. "
+        "The first column is the last step. Best is the checkpoint that scored best on other noise against one half of "
+        "the reference; its distance to the other half, which the choice has not seen, is fd_feature_rest. "
     )
     intro = (best if run.best.metrics else "") + (teacher if run.distilled else "")
     intro += floor if run.floor in run.columns else ""

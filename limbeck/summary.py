@@ -206,14 +206,23 @@ def figures(job: Job, model: nn.Module) -> list[Panel]:
             )
     if clouds:
         panels.append(report.Scatter("Samples", "Student and teacher start from equal noise.", clouds))
-    if "digits" in (job.recipe.teacher, job.recipe.data):
-        real = data.load("digits")
-        assert real.y is not None
-        picks = torch.cat([torch.nonzero(real.y == k)[:10, 0] for k in range(real.classes)])
-        panels.append(report.Picture("Real", "The data, one class per row.", png(grid(real.x[picks], 10))))
+    if len(teacher.shape) == 3:
+        panels.append(_real(job.recipe))
     if isinstance(model, Trajectory):
         panels += paths(model, teacher, settings.seed)
     return panels
+
+
+def _real(recipe: Recipe) -> Panel:
+    """Images of the data set, if its name is that of the teacher and it is on this machine."""
+    try:
+        real = data.load(recipe.evaluate.data or recipe.data or recipe.teacher or "", recipe.size)
+    except ValueError:
+        return report.Picture("Real", "The data are not on this machine.", b"")
+    if real.y is None:
+        return report.Picture("Real", "The data.", png(grid(real.x[:100], 10)))
+    picks = torch.cat([torch.nonzero(real.y == k)[:10, 0] for k in range(min(real.classes, 10))])
+    return report.Picture("Real", "The data, one class per row.", png(grid(real.x[picks], 10)))
 
 
 def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
@@ -242,9 +251,9 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
 
 
 MAIN = (
-    "fid", "fd_feature", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density", "coverage",
-    "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density", "mode_recall",
-    "c2st", "held_out_accuracy",
+    "fid", "fd_feature", "fd_feature_rest", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density",
+    "coverage", "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density",
+    "mode_recall", "c2st", "held_out_accuracy",
 )  # fmt: skip
 
 

@@ -103,8 +103,8 @@ class Reference:
     """Moments of a data set in pixels and in features, and the distances that the data themselves reach.
 
     Attributes:
-        moments: mean and covariance by space: "pixel", "feature", and "feature_half", a random half that only the
-            choice of a run's best checkpoint looks at.
+        moments: mean and covariance by space: "pixel", "feature", and two random halves: "feature_half", by which a
+            run's best checkpoint is chosen, and "feature_rest", which that choice has not seen.
         rows: features of at most `KEPT` samples (n, d), empty if unknown.
         floors: distances of the data to themselves by name; see `measure`.
         features: SHA-256 of the feature network, "" if unknown.
@@ -146,6 +146,7 @@ class Reference:
             floors[f"fd_{name}_halves"] = frechet_distance(*_moments(values[first]), *_moments(values[second]))
         rows = spaces["feature"][order[:KEPT]]
         moments["feature_half"] = _moments(spaces["feature"][first])
+        moments["feature_rest"] = _moments(spaces["feature"][second])
         if min(len(first), len(second)) > 5:
             halves = spaces["feature"][first][:KEPT], spaces["feature"][second][:KEPT]
             floors |= precision_recall_density_coverage(*halves)._asdict()
@@ -208,7 +209,7 @@ class ImageJudge:
     Attributes:
         digest: SHA-256 of the reference.
         quantize: score images as the 8-bit values that a file would hold.
-        half: compare with the half of the reference that the final scores do not use.
+        half: compare with one half of the reference only, and leave the other for the final `fd_feature_rest`.
         is_fid: the features are Inception's, so that their Fréchet distance may be called FID.
     """
 
@@ -319,6 +320,9 @@ class ImageTally:
             told["fid"] = told["fd_feature"]
         if half:  # the cheap scores are enough to steer by
             return Judgement(told, details=details)
+        if "feature_rest" in reference.moments:
+            seen = self.moments["feature"]
+            told["fd_feature_rest"] = frechet_distance(seen.mean, seen.cov, *reference.moments["feature_rest"])
         intervals: dict[str, tuple[float, float]] = {}
         if self.rows.shape[1] <= BOOTSTRAP:
             limit = bootstrap(lambda rows: frechet_distance(*_moments(rows), *target["feature"]), self.rows, 100)
