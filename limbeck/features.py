@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -134,14 +135,25 @@ def load(source: str | nn.Module) -> nn.Module:
 def _script(path: str) -> Scripted:
     if not Path(path).is_file():
         raise ValueError(f"features: no file {path!r}")
+    if not _is_script(path):
+        raise ValueError(f"features: {path} is not a TorchScript file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is retired, but these files are what exists
             return Scripted(torch.jit.load(path, map_location="cpu"))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"features: {path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"features: {path} is not a readable TorchScript file ({str(error).splitlines()[0]})") from None
     except AttributeError:
         raise ValueError(f"features: {path} has no forward method") from None
+
+
+def _is_script(path: str) -> bool:
+    """Other .pt files are pickles, and are not opened."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def digest(source: str | nn.Module) -> str:
@@ -153,7 +165,7 @@ def digest(source: str | nn.Module) -> str:
 
 def warning(source: str | None) -> str | None:
     """What to tell a user who names a feature network: a TorchScript file is a program. None if there is nothing."""
-    if source is None or not source.endswith(".pt") or not Path(source).is_file():
+    if source is None or not source.endswith(".pt") or not _is_script(source):
         return None
     return f"features: {source} is a program that now runs with your rights (SHA-256 {digest(source)[:16]}...)"
 

@@ -7,8 +7,8 @@ import hashlib
 import html.parser
 import io
 import json
-import os
 import math
+import os
 import re
 import shutil
 import subprocess
