@@ -142,7 +142,9 @@ def _script(path: str) -> Scripted:
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is retired, but these files are what exists
             return Scripted(torch.jit.load(path, map_location="cpu"))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"features: {path} is not a readable TorchScript file ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"features: {path} is not a readable TorchScript file ({str(error).splitlines()[0]})"
+        ) from None
     except AttributeError:
         raise ValueError(f"features: {path} has no forward method") from None
 
