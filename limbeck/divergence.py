@@ -58,7 +58,9 @@ DIVERGENCES: dict[str, Divergence] = {
         lambda r: r.sqrt() / 4,
         lambda r: -r.sqrt() / 8,
     ),
-    "pearson": Divergence("Pearson chi2", lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: 4 * r**2, lambda r: 4 * r**2),
+    "pearson": Divergence(
+        "Pearson chi2", lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: 4 * r**2, lambda r: 4 * r**2
+    ),
     "neyman": Divergence("Neyman chi2", lambda r: (1 - r) ** 2 / r, lambda r: 2 / r, lambda r: -2 / r, lambda r: 4 / r),
     "softened_reverse_kl": Divergence(
         "softened reverse KL",
@@ -67,4 +69,4 @@ DIVERGENCES: dict[str, Divergence] = {
         lambda r: -r / (1 + r) ** 2,
         lambda r: 2 * r**2 / (1 + r) ** 3,
     ),
-}  # fmt: skip
+}

@@ -8,8 +8,8 @@ denoisers (times sigma^4):
     [h - r h'] |D_fake - D_real|^2                     bracket constant: the path term
     [r^2 h'' |D_fake - D_real|^2 (D_fake - D_real) / sigma^2] . x      bracket constant
 
-The reverse KL needs no ratio: its three coefficients are 2, 1 and 0, which is 4 times SiD at alpha = 1/2. The released
-code keeps the first term only, with h detached and a ratio that is 1 to four digits; see the method's specification.
+The reverse KL needs no ratio: its three coefficients are 2, 1 and 0, which is twice SiD at alpha = 1/2. The released
+code keeps the first term only, with h detached and a ratio that is 1 to three digits or more.
 This module holds the loss; the ratio comes from the caller: exactly, from two exact laws, or from a critic.
 """
 
