@@ -10,6 +10,7 @@ E_p[h(r) (s_p - s_q) dx], the weight of f-distill (Xu et al. 2025, arXiv:2502.15
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "neyman": Divergence("Neyman chi2", lambda r: (1 - r) ** 2 / r, lambda r: 2 / r, lambda r: -2 / r, lambda r: 4 / r),
     "softened_reverse_kl": Divergence(
         "softened reverse KL",
-        lambda r: (1 + r) * ((1 + r) / r).log() - (1 + r) * 0.6931471805599453,
+        lambda r: (1 + r) * ((1 + r) / r).log() - (1 + r) * math.log(2),
         lambda r: 1 / (1 + r),
         lambda r: -r / (1 + r) ** 2,
         lambda r: 2 * r**2 / (1 + r) ** 3,

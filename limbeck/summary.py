@@ -23,7 +23,7 @@ from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.features import Classifier
 from limbeck.files import write_atomically
 from limbeck.generator import Generator, Trajectory
-from limbeck.machine import machine, versions
+from limbeck.machine import machine, peak_memory_mib, versions
 from limbeck.pictures import grid, png
 from limbeck.sample import heun
 
@@ -130,6 +130,7 @@ def conclude(
         "seconds": round(seconds, 1),
         "seed": recipe.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
         "hashes": {"teacher" if recipe.teacher else "data": job.identity},
         "recipe": table,

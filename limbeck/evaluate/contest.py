@@ -29,10 +29,17 @@ from limbeck.evaluate.neighbours import nearest_neighbour_distance
 from limbeck.features import Classifier
 from limbeck.files import write_atomically
 from limbeck.generator import Generator
+from limbeck.losses import denoising
 from limbeck.machine import commit, machine, versions
+from limbeck.objective import perturb
 from limbeck.pictures import grid, png
+from limbeck.randomness import stream
+from limbeck.sample import default_levels
+from limbeck.source import one_hot
 
 Panel = report.Picture | report.Scatter | report.Curve
+
+COSTS = ("nfe", "ms_per_image", "parameters", "images", "seconds", "peak_memory_mib")
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,8 @@ def _cost(who: Contestant) -> dict[str, Any]:
         told["parameters"] = sum(p.numel() for p in who.model.parameters())
     if who.run is not None and (who.run / "report.json").is_file():
         facts = json.loads((who.run / "report.json").read_text())
-        told |= {key: facts[key] for key in ("steps", "images", "seconds", "history") if key in facts}
+        keys = ("steps", "images", "seconds", "peak_memory_mib", "history")
+        told |= {key: facts[key] for key in keys if key in facts}
     return told
 
 
@@ -248,12 +256,13 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
     table = []
     for row in rows:
         line: dict[str, str | float] = {"name": row["name"]}
-        line |= {key: row[key] for key in ("nfe", "ms_per_image", "parameters", "images", "seconds") if row.get(key)}
+        line |= {key: row[key] for key in COSTS if row.get(key)}
         line |= {key: row["metrics"][key] for key in summary.MAIN if key in row["metrics"]}
         table.append(line)
     floor = result["floor"]["metrics"]
     table.append({"name": "floor", **{key: floor[key] for key in summary.MAIN if key in floor}})
     panels: list[Panel] = [*_curves(result), *_pictures(contestants, judge, settings), *_classes(result)]
+    panels += _noise_levels(contestants, result["law"], settings)
     intro = (
         f"{len(rows)} contestants against {result['law']}, {settings.samples:,} samples each"
         f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores: "
@@ -368,3 +377,46 @@ def _classes(result: dict[str, Any]) -> list[Panel]:
         if series:
             panels.append(report.Curve(title, text, "class", "share", series))
     return panels
+
+
+def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluation) -> list[Panel]:
+    """EDM's denoising loss of every denoiser at levels across its range: where it is worse than it should be."""
+    title = "Denoising loss over noise levels"
+    denoisers = {who.name: who.model for who in contestants if isinstance(who.model, Denoiser)}
+    if not denoisers:
+        return []
+    clean = _truth(law, settings)
+    if clean is None:
+        return [
+            report.Picture(title, f"Nothing to show: the data of {law} are not on this machine (give --data).", b"")
+        ]
+    eps = torch.randn(clean.x.shape, generator=stream(settings.seed, "noise levels"))
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name, denoiser in denoisers.items():
+        levels = default_levels(denoiser).quantile(torch.linspace(0, 1, 16))
+        cond = None
+        if denoiser.classes and clean.y is not None:
+            cond = one_hot(clean.y, denoiser.classes)
+        with torch.no_grad():
+            losses = [_level_loss(denoiser, clean.x, eps, level, cond) for level in levels]
+        series[name] = [(float(level), loss) for level, loss in zip(levels, losses, strict=True)]
+    text = "1 is a network that has learned nothing; the weight is EDM's, (sigma^2 + sd^2) / (sigma sd)^2."
+    return [report.Curve(title, text, "sigma", "loss", series, log_x=True, log_y=True)]
+
+
+def _level_loss(denoiser: Denoiser, x: Tensor, eps: Tensor, level: Tensor, cond: Tensor | None) -> float:
+    sigma = level.expand(len(x))
+    return float(denoising(denoiser(perturb(x, sigma, eps), sigma, cond), x, sigma, denoiser.sigma_data).mean())
+
+
+def _truth(law: str, settings: Evaluation) -> Data | None:
+    """Five hundred samples of the law, if they can be had."""
+    if law.startswith("exact:"):
+        target: Any = teachers.load(law)
+        return Data(law, target.sample(500, stream(settings.seed, "truth")), None)
+    try:
+        samples = data.load(settings.data or law)
+    except ValueError:
+        return None
+    rows = torch.randperm(len(samples.x), generator=stream(settings.seed, "truth"))[:500]
+    return Data(law, samples.x[rows], None if samples.y is None else samples.y[rows])
