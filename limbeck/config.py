@@ -84,6 +84,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Real:
+    """Where a method with a critic gets real samples.
+
+    Attributes:
+        source: auto: an exact teacher's samples, else data; data; or teacher:N, N Heun samples of the teacher, which
+            keeps the method free of data.
+        data: the data set (a name or file as for `teach`), if it is not of the teacher's name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    source: str = "auto"
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        kind, _, count = self.source.partition(":")
+        if self.source not in ("auto", "data") and not (kind == "teacher" and count.isdigit() and int(count) > 0):
+            raise ValueError(f"source: must be auto, data or teacher:N, got {self.source!r}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run.
 
@@ -100,6 +121,7 @@ class Recipe:
         seed: key of everything random in training.
         optimizer: settings by player, over the method's defaults.
         ema: moving average of the weights that are exported.
+        real: real samples, for methods with a critic.
         clip: largest gradient norm.
         threads: CPU threads; results are bit-equal only at equal threads.
         keep: checkpoints kept.
@@ -119,6 +141,7 @@ class Recipe:
     seed: int = 0
     optimizer: dict[str, Optimizer] = field(default_factory=dict)
     ema: Average = field(default_factory=Average)
+    real: Real = field(default_factory=Real)
     clip: float | None = None
     threads: int | None = None
     keep: int = 2

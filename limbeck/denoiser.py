@@ -114,9 +114,21 @@ class Preconditioned(Denoiser):
         self.noise_unit = self.unit if noise_unit is None else float(noise_unit)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        f = self.network(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
+        return self._combined(x, sigma, f)
+
+    def trace(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The clean estimate, and the features (B, network.feature_width) that the network formed on its way."""
+        network: Any = self.network
+        f, features = network.trace(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
+        return self._combined(x, sigma, f), features
+
+    def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x / (expand(sigma, x) ** 2 + self.sigma_data**2).sqrt()
+
+    def _combined(self, x: Tensor, sigma: Tensor, f: Tensor) -> Tensor:
         s = expand(sigma, x)
         variance = s**2 + self.sigma_data**2
-        f = self.network(x / variance.sqrt(), self.c_noise(sigma, x), self.labels(cond, x))
         return self.sigma_data**2 / variance * x + s * self.sigma_data / variance.sqrt() * f
 
     def c_noise(self, sigma: Tensor, x: Tensor) -> Tensor:

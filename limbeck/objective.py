@@ -46,11 +46,25 @@ class Turn(NamedTuple):
     loss: Loss
 
 
+class State(nn.Module):
+    """A player without parameters: buffers that losses read and add to, committed once per turn by the trainer.
+
+    Losses read the values of the last commit, so that a batch in parts is a batch.
+    """
+
+    def commit(self) -> None:
+        """Take what was added since the last commit into the values that losses read."""
+        raise NotImplementedError
+
+
 class Objective(Protocol):
-    """A method. `product` names the player that is averaged (EMA) and exported."""
+    """A method. `product` names the player that is averaged (EMA) and exported; `needs_real` asks for `Batch.real`."""
 
     @property
     def product(self) -> str: ...
+
+    @property
+    def needs_real(self) -> bool: ...
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         """Fresh networks by name, made from copies of `template`; a given generator replaces the built one."""

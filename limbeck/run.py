@@ -28,11 +28,12 @@ from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
+from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.files import write_atomically
 from limbeck.generator import Generator
 from limbeck.machine import versions
 from limbeck.pictures import overview, png
-from limbeck.source import DataSource, NoiseSource
+from limbeck.source import DataSource, NoiseSource, Provider, RealSource, provider_of
 from limbeck.train import Source, Trainer
 
 Tell = Callable[[str], None]
@@ -110,8 +111,28 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
         generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes,
         micro_batches=recipe.micro_batches, stratified=recipe.stratified,
     )  # fmt: skip
-    job = Job(recipe, out, trainer, source, artifact.fingerprint(teacher), "generator", judge)
+    batches: Source = RealSource(source, _provider(recipe, teacher)) if recipe.method.needs_real else source
+    job = Job(recipe, out, trainer, batches, artifact.fingerprint(teacher), "generator", judge)
     return _run(job, tell)
+
+
+def _provider(recipe: Recipe, teacher: Denoiser) -> Provider:
+    """Real samples for a critic.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    kind, _, count = recipe.real.source.partition(":")
+    if kind == "teacher":
+        drawn = latents(recipe.seed, range(VALIDATION, VALIDATION + int(count)), teacher.shape, teacher.classes, "real")
+        sampler, _, _, classes = summary.sampler_of(teacher, recipe.evaluate.teacher_steps)
+        return provider_of(generate(sampler, drawn, classes), drawn.labels)
+    if kind == "auto" and isinstance(teacher, Gaussian | Mixture | Empirical):
+        return lambda n, rng, labels: teacher.sample(n, rng)
+    samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
+    if samples.shape != teacher.shape:
+        raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")
+    return provider_of(samples.x, samples.y)
 
 
 def teach(

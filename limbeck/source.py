@@ -6,7 +6,7 @@ micro-batches: any number of them sees the same noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +79,41 @@ class DataSource:
             cond = one_hot(self.y[rows], self.noise.classes, self.noise.dtype) * cond.sum(1, keepdim=True)
         batch = replace(batch, real=self.x[rows].to(self.noise.dtype), cond=cond)
         yield from _cut(batch, self.noise.micro_batches)
+
+
+Provider = Callable[[int, torch.Generator, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class RealSource:
+    """A `NoiseSource` whose batches carry real samples of the same labels, for critics.
+
+    `provider(n, rng, labels)` draws n of them, (n, *shape), of classes `labels` (n,) if there are any.
+    """
+
+    noise: NoiseSource
+    provider: Provider
+
+    def __call__(self, step: int, turn: int) -> Iterator[Batch]:
+        rng = stream(self.noise.seed, "batch", step, turn)
+        batch = self.noise.draw(rng)
+        labels = None if batch.cond is None else batch.cond.argmax(1)
+        real = self.provider(self.noise.batch, rng, labels).to(self.noise.dtype)
+        yield from _cut(replace(batch, real=real), self.noise.micro_batches)
+
+
+def provider_of(x: Tensor, y: Tensor | None) -> Provider:
+    """Rows of a data set, of the wanted classes where both have labels."""
+    rows = {} if y is None else {int(k): torch.nonzero(y == k)[:, 0] for k in y.unique()}
+
+    def provide(n: int, rng: torch.Generator, labels: Tensor | None) -> Tensor:
+        if labels is None or not rows:
+            return x[torch.randint(len(x), (n,), generator=rng)]
+        spin = torch.rand(n, generator=rng, dtype=torch.float64)
+        picks = [rows[int(k)][int(u * len(rows[int(k)]))] for k, u in zip(labels, spin, strict=True)]
+        return x[torch.stack(picks)]
+
+    return provide
 
 
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:

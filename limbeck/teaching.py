@@ -34,6 +34,7 @@ class Denoising:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "denoiser"
+    needs_real: ClassVar[bool] = False
 
     levels: LogNormal = field(default_factory=LogNormal)
     label_dropout: float = 0.1
@@ -73,6 +74,7 @@ class Classification:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "classifier"
+    needs_real: ClassVar[bool] = False
 
     width: int = 32
     features: int = 64

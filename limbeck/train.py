@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from limbeck.denoiser import Denoiser
 from limbeck.ema import EMA, Average
 from limbeck.generator import Generator
-from limbeck.objective import Batch, Objective, Turn
+from limbeck.objective import Batch, Objective, State, Turn
 from limbeck.optimizer import Optimizer
 from limbeck.randomness import seed_of
 
@@ -129,6 +129,9 @@ class Trainer:
             self.optimizers[name].step()
             told[f"grad_norm/{name}"] = norms[name]
             told[f"lr/{name}"] = torch.tensor(rate)
+        for net in self.nets.values():
+            if isinstance(net, State):
+                net.commit()
         told[f"loss/{key}"] = loss
         self._rest(players)
         return count

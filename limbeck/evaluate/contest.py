@@ -337,13 +337,10 @@ def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evalu
     who = next((c for c in contestants if isinstance(c.model, Generator)), None)
     if who is None or not isinstance(judge, ImageJudge):
         return []
-    teacher = law_of(who.name)  # one that was taught here says in its own recipe what it has seen
-    try:
-        train = data.load(settings.data or law_of(teacher), _recipe_of(teacher).get("size"))
-        if train.shape != tuple(who.shape):
-            raise ValueError(f"data: have shape {train.shape}")
-    except ValueError:  # the data set is not on this machine
-        text = f"Nothing to show: the data of {teacher} are not on this machine (give --data)."
+    law = law_of(who.name)
+    train = _data_of(law, who.shape, settings)
+    if train is None:
+        text = f"Nothing to show: the data of {law} are not on this machine (give --data)."
         return [report.Picture("Nearest training images", text, b"")]
     x, _ = _some(who, settings.seed, 100)
     x = x[::10]
@@ -356,6 +353,15 @@ def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evalu
         f"of a sample to any training image: {float(gaps.min()):.3g} (0 is a copy)."
     )
     return [report.Picture("Nearest training images", text, png(grid(pairs, 4)))]
+
+
+def _data_of(law: str, shape: tuple[int, ...], settings: Evaluation) -> Data | None:
+    """The data behind a law, if they are on this machine; a teacher that was taught here says in its recipe which."""
+    try:
+        samples = data.load(settings.data or law_of(law), _recipe_of(law).get("size"))
+    except ValueError:
+        return None
+    return samples if samples.shape == tuple(shape) else None
 
 
 def _classes(result: dict[str, Any]) -> list[Panel]:
@@ -385,7 +391,7 @@ def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluat
     denoisers = {who.name: who.model for who in contestants if isinstance(who.model, Denoiser)}
     if not denoisers:
         return []
-    clean = _truth(law, settings)
+    clean = _truth(law, contestants[0].shape, settings)
     if clean is None:
         return [
             report.Picture(title, f"Nothing to show: the data of {law} are not on this machine (give --data).", b"")
@@ -409,14 +415,13 @@ def _level_loss(denoiser: Denoiser, x: Tensor, eps: Tensor, level: Tensor, cond:
     return float(denoising(denoiser(perturb(x, sigma, eps), sigma, cond), x, sigma, denoiser.sigma_data).mean())
 
 
-def _truth(law: str, settings: Evaluation) -> Data | None:
+def _truth(law: str, shape: tuple[int, ...], settings: Evaluation) -> Data | None:
     """Five hundred samples of the law, if they can be had."""
     if law.startswith("exact:"):
         target: Any = teachers.load(law)
         return Data(law, target.sample(500, stream(settings.seed, "truth")), None)
-    try:
-        samples = data.load(settings.data or law)
-    except ValueError:
+    samples = _data_of(law, shape, settings)
+    if samples is None:
         return None
     rows = torch.randperm(len(samples.x), generator=stream(settings.seed, "truth"))[:500]
     return Data(law, samples.x[rows], None if samples.y is None else samples.y[rows])

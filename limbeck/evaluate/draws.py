@@ -28,12 +28,12 @@ class Latents:
     labels: Tensor | None
 
 
-def latents(seed: int, indices: range, shape: tuple[int, ...], classes: int) -> Latents:
-    """Latents and uniform class numbers of `indices`; each index has a stream of its own."""
+def latents(seed: int, indices: range, shape: tuple[int, ...], classes: int, key: str = "sample") -> Latents:
+    """Latents and uniform class numbers of `indices`; each index of a key has a stream of its own."""
     z = torch.empty(len(indices), *shape)
     labels = torch.empty(len(indices), dtype=torch.long)
     for row, index in enumerate(indices):
-        rng = stream(seed, "sample", index)
+        rng = stream(seed, key, index)
         torch.randn(shape, generator=rng, out=z[row])
         if classes:
             labels[row] = torch.randint(classes, (), generator=rng)

@@ -62,6 +62,7 @@ class DiffInstruct:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
 
     sigma_init: float = 2.5
     levels: LogNormal = field(default_factory=LogNormal)

@@ -92,6 +92,7 @@ class PID:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
 
     N: int = 250
     levels: Karras = field(default_factory=Karras)

@@ -74,6 +74,7 @@ class SiD:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
 
     alpha: float = 1.0
     sigma_init: float = 2.5

@@ -63,6 +63,7 @@ class SIM:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
 
     distance: Literal["huber", "squared"] = "huber"
     c: float = 0.00054

@@ -77,6 +77,7 @@ class ADM(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(img_resolution, channel_mult, model_channels, num_blocks, dropout, label_dropout)
+        self.feature_width = model_channels * channel_mult[-1]
         self.arguments: dict[str, Any] = {
             "img_resolution": img_resolution,
             "in_channels": in_channels,
@@ -187,11 +188,18 @@ class ADM(nn.Module):
         Raises:
             ValueError: If the rows are of another width than the network's.
         """
+        return self.trace(x, noise, cond, augment)[0]
+
+    def trace(
+        self, x: Tensor, noise: Tensor, cond: Tensor | None = None, augment: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`'s output, and the encoder's last activations, mean over pixels (B, feature_width)."""
         emb = self.embed(noise, cond, augment, batch=x.shape[0])
         skips: list[Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
+        features = x.mean((2, 3))
         for name, block in self.dec.items():
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(F.silu(self.out_norm(x))), features

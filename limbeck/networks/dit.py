@@ -82,7 +82,7 @@ class DiT(nn.Module):
             "shape": list(shape), "classes": classes, "patch": patch, "width": width, "depth": depth, "heads": heads,
             "ratio": ratio, "dropout": dropout,
         }  # fmt: skip
-        self.patch = patch
+        self.patch, self.feature_width = patch, width
         tokens, size = (height // patch) * (side // patch), channels * patch**2
         self.noise = NoiseEmbedding(width)
         self.label = nn.Linear(classes, width, bias=False) if classes else None
@@ -98,6 +98,10 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
         """Raw network output of the shape of x (B, C, H, W), for c_noise (B,), condition rows (B, classes) or None."""
+        return self.trace(x, noise, cond)[0]
+
+    def trace(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`'s output, and the mean over patches of the last hidden layer (B, feature_width)."""
         embedding = self.noise(noise)
         if self.label is not None and cond is not None:
             embedding = embedding + self.label(cond)
@@ -109,5 +113,6 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, embedding)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, -1)
-        out = self.last(torch.addcmul(shift, self.norm(h), 1 + scale))
-        return out.reshape(b, rows, columns, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        hidden = torch.addcmul(shift, self.norm(h), 1 + scale)
+        out = self.last(hidden).reshape(b, rows, columns, c, p, p).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(x.shape), hidden.mean(1)

@@ -37,6 +37,7 @@ class MLP(nn.Module):
         self.arguments: dict[str, Any] = {
             "shape": list(shape), "classes": classes, "width": width, "depth": depth, "dropout": dropout,
         }  # fmt: skip
+        self.feature_width = width
         size = math.prod(shape)
         self.noise = NoiseEmbedding(width)
         self.label = nn.Linear(classes, width, bias=False) if classes else None
@@ -56,6 +57,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
         """Raw output of the shape of x (B, *shape), for c_noise (B,) and condition rows (B, classes) or None."""
+        return self.trace(x, noise, cond)[0]
+
+    def trace(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`'s output, and the last hidden layer (B, feature_width): what a critic reads."""
         embedding = self.noise(noise)
         if self.label is not None and cond is not None:
             embedding = embedding + self.label(cond)
@@ -64,4 +69,5 @@ class MLP(nn.Module):
         for norm, inner, outer, shift in zip(self.norms, self.inner, self.outer, shifts, strict=True):
             active = functional.silu(inner(norm(h)) + shift)
             h = h + outer(functional.dropout(active, self.dropout, self.training))
-        return self.last(functional.silu(self.norm(h))).reshape(x.shape)
+        hidden = functional.silu(self.norm(h))
+        return self.last(hidden).reshape(x.shape), hidden

@@ -101,6 +101,7 @@ class SongUNet(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{field}={value!r}: choose one of {', '.join(known)}")
+        self.feature_width = model_channels * channel_mult[-1]
         self.arguments: dict[str, Any] = {
             "img_resolution": img_resolution,
             "in_channels": in_channels,
@@ -235,6 +236,12 @@ class SongUNet(nn.Module):
         Raises:
             ValueError: If the rows are of another width than the network's.
         """
+        return self.trace(x, noise, cond, augment)[0]
+
+    def trace(
+        self, x: Tensor, noise: Tensor, cond: Tensor | None = None, augment: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`'s output, and the encoder's last activations, mean over pixels (B, feature_width)."""
         emb = self.embed(noise, cond, augment, batch=x.shape[0])
         aux = x
         skips: list[Tensor] = []
@@ -253,6 +260,7 @@ class SongUNet(nn.Module):
                     x = layer(x, emb)
                     skips.append(x)
 
+        features = x.mean((2, 3))
         image: Tensor | None = None
         for name, layer in self.dec.items():
             match name.partition("_")[2]:
@@ -267,4 +275,4 @@ class SongUNet(nn.Module):
                 case _:
                     x = layer(torch.cat([x, skips.pop()], dim=1), emb)
         assert image is not None
-        return image
+        return image, features
