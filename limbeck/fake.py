@@ -30,7 +30,7 @@ def fake_turn(levels: Levels) -> Turn:
         fake = cast(Denoiser, nets["fake"])
         sigma = levels.scaled(teacher.unit).quantile(batch.u)
         estimate = fake(perturb(x, sigma, batch.eps), sigma, batch.cond)
-        return denoising(estimate, x, sigma, fake.sigma_data) / teacher.unit**2
+        return denoising(estimate, x, sigma, fake.sigma_data)
 
     return Turn(("fake",), loss)
 
@@ -49,8 +49,7 @@ def adversarial_fake_turn(levels: Levels, weight: float, game: Game) -> Turn:
         sigma = levels.scaled(teacher.unit).quantile(batch.u)
         estimate, on_fake = fake.both(perturb(x, sigma, batch.eps), sigma, batch.cond)
         _, on_real = fake.both(perturb(batch.real, sigma, batch.eps), sigma, batch.cond)
-        score = denoising(estimate, x, sigma, fake.sigma_data) / teacher.unit**2
-        return score + weight * critic_loss(on_real, on_fake, game)
+        return denoising(estimate, x, sigma, fake.sigma_data) + weight * critic_loss(on_real, on_fake, game)
 
     return Turn(("fake",), loss)
 

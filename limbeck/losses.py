@@ -43,5 +43,8 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
 
 
 def l1_scale(x: Tensor, real: Tensor) -> Tensor:
-    """1 / max(mean |x - D_real|, 1e-5) per sample (B,), without gradient: the normaliser of DMD and SiD."""
+    """1 / max(mean |x - D_real|, 1e-5) per sample (B,), without gradient: the normaliser of DMD and SiD.
+
+    x and real are in units of the data's scale, so that the floor is.
+    """
     return 1 / per_sample((x - real).abs(), "mean").detach().clamp(min=1e-5)

@@ -57,7 +57,7 @@ class Denoising:
         assert batch.real is not None
         sigma = self.levels.scaled(denoiser.unit).quantile(batch.u)
         estimate = denoiser(perturb(batch.real, sigma, batch.eps), sigma, batch.cond)
-        return denoising(estimate, batch.real, sigma, denoiser.sigma_data) / denoiser.unit**2
+        return denoising(estimate, batch.real, sigma, denoiser.sigma_data)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ D_real = b x with b = SD^2 / S, and D_fake = a x with a = theta^2 / P, the exact
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -624,7 +624,11 @@ def test_sim_s_slope_is_the_derivative_of_the_pseudo_huber_distance(c: float) ->
 
 def test_losses_are_per_sample() -> None:
     x, fake, real = (v.detach() for v in estimates())
-    functions = [lambda *v: sid_loss(*v, 1.2), lambda *v: sim_loss(*v, 0.1), diff_instruct_loss]
+    functions: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+        lambda x, fake, real: sid_loss(x, fake, real, 1.2),
+        lambda x, fake, real: sim_loss(x, fake, real, 0.1),
+        diff_instruct_loss,
+    ]
     for function in functions:
         whole = function(x, fake, real)
         assert whole.shape == (6,)
@@ -655,7 +659,7 @@ def batch_of(n: int = 40) -> Batch:
 def levels_by_hand(method: Scored, u: Tensor, unit: float) -> Tensor:
     if isinstance(method, DiffInstruct):
         return unit * torch.exp(-1.2 + 1.2 * torch.special.ndtri(u))
-    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
     return unit * (low + 0.8 * u * (high - low)) ** 7
 
 
@@ -704,8 +708,8 @@ def test_the_loss_on_a_batch_is_the_pure_function(name: str) -> None:
     assert all(p.grad is None for p in nets["fake"].parameters())
     nets.zero_grad(set_to_none=True)
 
-    x = nets["generator"](batch.z)
-    assert torch.equal(x, nets["generator"].denoiser(2.5 * unit * batch.z, f64(2.5 * unit)))
+    x, sigma_init = nets["generator"](batch.z), method.sigma_init * unit
+    assert torch.equal(x, nets["generator"].denoiser(sigma_init * batch.z, f64(sigma_init)))
     sigma = levels_by_hand(method, batch.u, unit)
     noisy = x + sigma[:, None] * batch.eps
     fake, real = nets["fake"](noisy, sigma), PLANE(noisy, sigma)
@@ -812,6 +816,7 @@ class FakeOnly:
     method: Any
     made: tuple[Generator, Denoiser]
     product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         return {"generator": self.made[0], "fake": self.made[1]}
@@ -893,6 +898,7 @@ class Spied:
     method: Any
     seen: list[tuple[tuple[str, ...], dict[str, tuple[bool, bool, bool]]]]
     product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         return self.method.players(template, generator)
@@ -926,7 +932,7 @@ class Spied:
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_t4_players_out_of_turn_rest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, seen = FAMILY[name], []
+    method, seen = FAMILY[name], list[tuple[tuple[str, ...], dict[str, tuple[bool, bool, bool]]]]()
     # a teacher with weights and dropout, which must never show
     teacher = template(0.5, seed=7).train()
     run = Trainer(Spied(method, seen), teacher, template(0.5), steps=4, seed=3)
@@ -1068,7 +1074,7 @@ def test_a_scaled_teacher_makes_the_scaled_student(name: str, eps: float, tolera
     """Adam's eps is the only thing that sees the data's scale."""
     one, two = trained(FAMILY[name], 1.0, eps), trained(FAMILY[name], 2.0, eps)
     z = normal(64, 2, seed=9)
-    start = OneStep(template(), 2.5 * PLANE.unit)
+    start = OneStep(template(), FAMILY[name].sigma_init * PLANE.unit)
     student, other = one.nets["generator"](z), two.nets["generator"](z)
     assert (student - start(z)).abs().max() > 1e-2
     torch.testing.assert_close(other / 2, student, rtol=0, atol=tolerance)

@@ -148,11 +148,13 @@ def contest(
     judge = judge_of(law, settings)
     for who in contestants:
         _check_shape(who, judge, law)
-        _check_range(who, judge)
+        _check_given(who, judge)
     rows: list[dict[str, Any]] = []
     for who in contestants:
         scores = _scores(who, judge, settings, out)
-        rows.append({"name": who.name, "sha256": who.fingerprint(), **dataclasses.asdict(scores), **_cost(who)})
+        count = settings.samples if who.samples is None else len(who.samples.x)
+        facts = {"name": who.name, "sha256": who.fingerprint(), "samples": count}
+        rows.append({**facts, **dataclasses.asdict(scores), **_cost(who)})
         if rank_and_world()[0] == 0:
             tell(f"{who.name}: scored")
     result = {
@@ -197,9 +199,13 @@ def _check_shape(who: Contestant, judge: Judge, law: str) -> None:
         raise ValueError(f"{who.name}: its samples have shape {who.shape}, the reference {law} has {tuple(wanted)}")
 
 
-def _check_range(who: Contestant, judge: Judge) -> None:
+def _check_given(who: Contestant, judge: Judge) -> None:
     """Given images are in [-1, 1]: only then their rounding to bytes is that of a file."""
-    if who.samples is None or not isinstance(judge, ImageJudge) or not judge.quantize:
+    if who.samples is None:
+        return
+    if len(who.samples.x) < 2:
+        raise ValueError(f"{who.name}: scores need at least 2 samples, got {len(who.samples.x)}")
+    if not isinstance(judge, ImageJudge) or not judge.quantize:
         return
     low, high = float(who.samples.x.min()), float(who.samples.x.max())
     if max(-low, high) > 1 + 1 / 255:  # half a grey level of overshoot rounds to the ends
@@ -268,6 +274,9 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
         f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores: "
         f"{result['floor']['note']}."
     )
+    odd = [f"{row['name']} ({row['samples']:,})" for row in rows if row["samples"] != settings.samples]
+    if odd:
+        intro += f" Distances fall with the number of samples; these have another one: {', '.join(odd)}."
     return report.render_comparison(f"Evaluation on {result['law']}", intro, table, panels)
 
 

@@ -12,6 +12,9 @@ switch                 default                                     what else
 ``weight``             ``uniform``: 1, as the authors' code        ``dmd``: 1 / mean |x - D_real| per sample, DMD's
                                                                    normaliser (arXiv:2311.18828)
 dropout                fake and teacher in eval mode               the code puts both in training mode with equal masks
+``sigma_init``         2.5, as SiD and DMD's successors            the code's README: 1.0 for CIFAR-10
+labels                 fresh in every turn                         the code reuses the fake score's labels for the
+                                                                   generator's turn
 augmentation           none                                        the code augments the fake score's training samples
 NaN gradients          the run stops                               the code replaces them by 0 or 1e5
 =====================  ==========================================  ==================================================
@@ -71,6 +74,8 @@ class DiffInstruct:
     weight: Literal["uniform", "dmd"] = "uniform"
 
     def __post_init__(self) -> None:
+        if self.weight not in ("uniform", "dmd"):
+            raise ValueError(f"weight: must be uniform or dmd, got {self.weight!r}")
         if self.fake_steps < 1:
             raise ValueError(f"fake_steps: must be at least 1, got {self.fake_steps}")
 
@@ -97,5 +102,5 @@ class DiffInstruct:
             noisy = perturb(x, sigma, batch.eps)
             real = teacher(noisy, sigma, batch.cond)
             fake = nets["fake"](noisy, sigma, batch.cond)
-        weight = 1.0 if self.weight == "uniform" else teacher.unit * l1_scale(x, real)
+        weight = 1.0 if self.weight == "uniform" else l1_scale(x / teacher.unit, real / teacher.unit)
         return diff_instruct_loss(x, fake, real, weight) / teacher.unit**2

@@ -120,6 +120,6 @@ class FDistill:
         with torch.no_grad():
             real = teacher(noisy, sigma, batch.cond)
             h = DIVERGENCES[self.divergence].h(cast(RatioScale, nets["ratio"]).ratio(logits, batch.u))
-            weight = h * (teacher.unit * l1_scale(x, real) if self.weight == "dmd" else 1.0)
+            weight = h * (l1_scale(x / teacher.unit, real / teacher.unit) if self.weight == "dmd" else 1.0)
         surrogate = f_distill_loss(x, fake, real, weight) / teacher.unit**2
         return surrogate + self.adversarial * x[0].numel() * generator_loss(logits, self.game)

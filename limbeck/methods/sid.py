@@ -31,6 +31,7 @@ NaN                    the run stops                               the code drop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -87,6 +88,10 @@ class SiD:
     def __post_init__(self) -> None:
         if not -10 <= self.alpha <= 10:
             raise ValueError(f"alpha: must be a small finite number, got {self.alpha}")
+        if not 0 < self.loss_scale < math.inf:
+            raise ValueError(f"loss_scale: must be positive and finite, got {self.loss_scale}")
+        if self.normalizer not in ("l1", "none"):
+            raise ValueError(f"normalizer: must be l1 or none, got {self.normalizer!r}")
         if self.fake_steps < 1:
             raise ValueError(f"fake_steps: must be at least 1, got {self.fake_steps}")
 
@@ -111,5 +116,5 @@ class SiD:
         sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
         noisy = perturb(x, sigma, batch.eps)
         real, fake = teacher(noisy, sigma, batch.cond), nets["fake"](noisy, sigma, batch.cond)
-        weight = teacher.unit * l1_scale(x, real) if self.normalizer == "l1" else 1.0
+        weight = l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else 1.0
         return self.loss_scale * weight * sid_loss(x, fake, real, self.alpha) / teacher.unit**2

@@ -153,7 +153,7 @@ class UniInstruct:
         sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
         noisy = perturb(x, sigma, batch.eps)
         real = teacher(noisy, sigma, batch.cond)
-        weight = teacher.unit * l1_scale(x, real) if self.normalizer == "l1" else torch.ones_like(sigma)
+        weight = l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(sigma)
         weight = weight / teacher.unit**2
         if not self.needs_real:
             fake, ratio = nets["fake"](noisy, sigma, batch.cond), None
