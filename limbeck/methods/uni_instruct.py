@@ -6,7 +6,7 @@ denoisers (times sigma^4):
 
     2 h(r) (D_real - D_fake) . (D_fake - x)            gradient through x_sigma, also inside h(r(x_sigma))
     [h - r h'] |D_fake - D_real|^2                     bracket constant: the path term
-    [r^2 h'' |D_fake - D_real|^2 (D_fake - D_real) / sigma^2] . x      bracket constant
+    [r^2 h'' |D_fake - D_real|^2 (D_fake - D_real) / sigma^2] . x_sigma      bracket constant
 
 The reverse KL needs no ratio: its three coefficients are 2, 1 and 0, which is twice SiD at alpha = 1/2. The released
 code keeps the first term only, with h detached and a ratio that is 1 to three digits or more.
