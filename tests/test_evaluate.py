@@ -41,22 +41,20 @@ from limbeck.teachers import ring8
 
 # --- samples that a computer makes without rounding -----------------------------------------------------------------
 
-QUADRANTS = torch.tensor([[0, 0], [0, 2], [2, 0], [2, 2]])
-
 
 class Toy(Classifier):
     """Features are the 16 pixels of an image, and the class is its brightest quadrant: no sum, so no rounding."""
 
-    def __init__(self) -> None:
+    def __init__(self, sure: float = 2.0) -> None:
         nn.Module.__init__(self)
-        self.shape, self.classes = (1, 4, 4), 4
+        self.shape, self.classes, self.sure = (1, 4, 4), 4, sure
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return x.double().flatten(1)
 
     def head(self, features: Tensor) -> Tensor:
-        return 40 * features[:, [0, 2, 8, 10]]
+        return self.sure * features[:, [0, 2, 8, 10]]
 
 
 def toy_images(z: Tensor, cond: Tensor | None) -> Tensor:
@@ -294,9 +292,8 @@ def test_moments_and_floors_of_a_reference() -> None:
 
 
 def test_a_reference_keeps_a_bounded_number_of_rows() -> None:
-    few = toy_data(100)
-    many = Data("toy", few.x.repeat(KEPT // 100 + 5, 1, 1, 1), None)
-    assert len(many.x) == KEPT + 500
+    ramp = torch.linspace(-1, 0.8, KEPT + 500)
+    many = Data("toy", ramp.reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4), None)
 
     class Mean(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -308,6 +305,8 @@ def test_a_reference_keeps_a_bounded_number_of_rows() -> None:
         patched.setattr("limbeck.evaluate.judge.precision_recall_density_coverage", lambda *args: nothing())
         made = Reference.measure(many, Mean(), "")
     assert made.rows.shape == (KEPT, 1) and made.count == KEPT + 500
+    assert float(made.moments["feature"][0]) == pytest.approx(float(ramp.double().mean()), rel=1e-12)
+    assert float(made.moments["feature"][1]) == pytest.approx(float(ramp.double().var()), rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -485,8 +484,13 @@ def test_class_scores_in_closed_form(toy: ImageJudge) -> None:
     assert scores.details["share_by_class"] == pytest.approx([0.4, 0.3, 0.2, 0.1], rel=1e-14)
     # of those asked for 0: 36 right and 1 of class 3; for 1: 27 and 4 of class 0; and so on
     assert scores.details["accuracy_by_class"] == pytest.approx([36 / 37, 27 / 31, 18 / 21, 9 / 11], rel=1e-14)
-    entropy = -sum(p * math.log(p) for p in (0.4, 0.3, 0.2, 0.1))
-    assert scores.metrics["classifier_score"] == pytest.approx(math.exp(entropy), rel=1e-12)
+    # the classifier's logits are 2 * 0.75 and 2 * -0.75, rounded down to bytes
+    odds = math.exp(2 * ((223 - 32) / 127.5))
+    sure, other = odds / (odds + 3), 1 / (odds + 3)
+    mean = [share * sure + (1 - share) * other for share in (0.4, 0.3, 0.2, 0.1)]
+    one = -sure * math.log(sure) - 3 * other * math.log(other)
+    every = -sum(p * math.log(p) for p in mean)
+    assert scores.metrics["classifier_score"] == pytest.approx(math.exp(every - one), rel=1e-6)
 
 
 def test_labels_that_the_classifier_does_not_know(toy: ImageJudge) -> None:

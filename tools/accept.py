@@ -1,17 +1,27 @@
 """`make accept`: the checks that take longer than a test may. Writes results/*.json and says what holds.
 
-Every check is a comparison (`limbeck compare`) whose cells are run folders: an interrupted acceptance continues.
+Most checks are comparisons (`limbeck compare`) whose cells are run folders: an interrupted acceptance continues.
 """
 
 import json
+import multiprocessing
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from limbeck.compare import compare
+from limbeck.data import Data
+from limbeck.evaluate import ImageJudge, Reference, measure
+from limbeck.evaluate.draws import latents
 from limbeck.files import write_atomically
+from limbeck.machine import commit, machine, peak_memory_mib, versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,11 +65,41 @@ def trend(result: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(f"Euler's score falls from {solver[0]:.4f} to {solver[-1]:.4f}", solver[-1] < solver[0])]
 
 
-CHECKS: dict[str, Callable[[dict[str, Any]], list[tuple[str, bool]]]] = {
-    "pid-ring8": ring8,
-    "pid-digits": demo,
-    "pid-trend-ring8": trend,
-    "pid-trend-digits": trend,
+def compared(name: str, holds: Callable[[dict[str, Any]], list[tuple[str, bool]]]) -> dict[str, Any]:
+    """The comparison of studies/NAME.toml, and what holds of it."""
+    result = compare(ROOT / "studies" / f"{name}.toml", ROOT / "runs" / "accept" / name, print)
+    return {**result, "checks": holds(result)}
+
+
+def evaluation_memory() -> dict[str, Any]:
+    """50,000 images of 3 x 32 x 32 are scored within 2 GiB in 2,048 features of a small network."""
+    # a process of its own: what other checks have held does not count
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(evaluated, 50_000, 2048).result()
+    peak = result["peak_memory_mib"]
+    return {**result, "checks": [(f"{peak:,} MiB resident <= 2,048 MiB", peak <= 2048)]}
+
+
+def evaluated(samples: int, width: int) -> dict[str, Any]:
+    """Scores of noise in random features, a reference of 10,000 images included, and what they took."""
+    start, shape = time.perf_counter(), (3, 32, 32)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, width), nn.ReLU()).requires_grad_(False)
+    images = Data("noise", latents(1, range(10_000), shape, 0).z.mul_(0.25).clamp_(-1, 1), None)
+    judge = ImageJudge(Reference.measure(images, network, "random"), network, images.fingerprint())
+    scores = measure(lambda z, cond: (0.25 * z).clamp(-1, 1), 0, judge, shape, 0, samples=samples)
+    return {
+        "samples": samples, "features": width, "peak_memory_mib": peak_memory_mib(), "metrics": scores.metrics,
+        "seconds": time.perf_counter() - start, "versions": versions(), "machine": machine(), "commit": commit(),
+    }  # fmt: skip
+
+
+CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "pid-ring8": lambda: compared("pid-ring8", ring8),
+    "pid-digits": lambda: compared("pid-digits", demo),
+    "pid-trend-ring8": lambda: compared("pid-trend-ring8", trend),
+    "pid-trend-digits": lambda: compared("pid-trend-digits", trend),
+    "evaluation-memory": evaluation_memory,
 }
 
 
@@ -67,9 +107,8 @@ def main() -> int:
     failed = 0
     names = sys.argv[1:] or list(CHECKS)
     for name in names:
-        out = ROOT / "runs" / "accept" / name
-        result = compare(ROOT / "studies" / f"{name}.toml", out, print)
-        checks = CHECKS[name](result)
+        result = CHECKS[name]()
+        checks = result["checks"]
         for text, good in checks:
             print(f"{'ok  ' if good else 'FAIL'} {name}: {text}")
         failed += sum(not good for _, good in checks)
