@@ -31,7 +31,10 @@ def main() -> int:
 
 def table(name: str) -> str:
     """The Markdown table of results/NAME.json, with where it was measured."""
-    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
     rows = [{key: value for key, value in row.items() if value is not None} for row in result["summary"]]
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
     seeds = rows[0]["seeds"]
