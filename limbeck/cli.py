@@ -269,6 +269,7 @@ def _distill(words: list[str], keys: dict[str, Any]) -> None:
 
     table, out, as_json = _recipe(words, keys, "teacher", "pid")
     recipe = config.resolve(table, methods.METHODS, foreign=True)
+    _warn(recipe.evaluate.features)
     _print_result(run.run_distillation(recipe, out, _say), as_json)
 
 
@@ -276,7 +277,9 @@ def _teach(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, run
 
     table, out, as_json = _recipe(words, keys, "data", "denoising")
-    _print_result(run.run_teaching(config.resolve(table, config.TEACHING), out, _say), as_json)
+    recipe = config.resolve(table, config.TEACHING)
+    _warn(recipe.evaluate.features)
+    _print_result(run.run_teaching(recipe, out, _say), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -391,10 +394,11 @@ def _reference(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _warn(source: str | None) -> None:
+    """Say that a feature network is a program, once however many processes there are."""
     from limbeck import features
 
     line = features.warning(source)
-    if line is not None:
+    if line is not None and int(os.environ.get("RANK", "0")) == 0:
         _say(line)
 
 

@@ -107,7 +107,7 @@ def _euler_scores(recipe: Recipe) -> dict[str, float]:
     if not isinstance(recipe.method, PID):
         raise ValueError("euler: only PID has a grid of N levels")
     teacher = teachers.load(recipe.teacher or "")
-    judge = summary.judge_for(recipe.teacher or "", recipe.evaluate, teacher)
+    judge = summary.judge_for(recipe.teacher or "", recipe.evaluate, teacher, recipe.size)
     if judge is None:
         raise ValueError(f"euler: there is no reference for {recipe.teacher}")
     levels = recipe.method.levels.scaled(teacher.unit).grid(recipe.method.N)[:-1]

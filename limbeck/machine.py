@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 from pathlib import Path
 
@@ -38,10 +37,16 @@ def _processor() -> str:
     )
 
 
-def peak_memory_mib() -> int:
-    """Largest resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 1024 if platform.system() != "Darwin" else peak / 2**20)
+def peak_memory_mib() -> int | None:
+    """Largest resident memory of this process so far, in MiB; None where the system does not tell.
+
+    Not getrusage's: that counts the parent's memory at the time of the fork.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((round(int(line.split()[1]) / 1024) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def commit() -> str | None:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import fcntl
 import json
+import math
 import signal
 import threading
 import time
@@ -103,7 +104,7 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     teacher = teachers.load(recipe.teacher) if teacher is None else teacher
     _check_levels(recipe, teacher)
     template = student_template(recipe, teacher)
-    judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher)
+    judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
     trainer = _trainer(recipe, teacher, template)
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
@@ -166,7 +167,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     plain = Denoiser(samples.shape, samples.classes, samples.sigma_data)
     denoising = recipe.method.product == "denoiser"
     template = student_template(recipe, plain) if denoising else plain
-    judge = summary.judge_for(recipe.data, recipe.evaluate, template) if denoising else None
+    judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size) if denoising else None
     trainer = _trainer(recipe, plain, template)
     noise = NoiseSource(
         samples.shape, samples.shape, recipe.batch, recipe.seed, samples.classes,
@@ -302,7 +303,7 @@ class Best:
 def _keep_best(job: Job, best: Best | None, metrics: Mapping[str, float]) -> Best | None:
     """Store the model if its watched score is the lowest so far."""
     metric = next((name for name in WATCHED if name in metrics), None)
-    if metric is None or (best is not None and best.value <= metrics[metric]):
+    if metric is None or math.isnan(metrics[metric]) or (best is not None and best.value <= metrics[metric]):
         return best
     artifact.save(job.best_file, job.product, job.trainer.ema.module, _facts(job))
     return Best(job.trainer.step, metric, metrics[metric])

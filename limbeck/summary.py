@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 Panel = report.Picture | report.Scatter | report.Curve
 
 
-def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None) -> Judge | None:
+def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None, size: int | None = None) -> Judge | None:
     """Who scores samples of a law; None if there is nothing to compare with.
 
     Args:
         law: name of the teacher or data set; a bundled one brings its reference.
         teacher: an exact teacher is its own judge; of another the shape is checked.
+        size: side to which pictures of a folder of reference data are resized.
 
     Raises:
         ValueError: if the reference or its features are incomplete, or do not fit the teacher.
@@ -55,7 +56,7 @@ def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None) -> Judge
         if settings.reference is not None:
             judge = read_judge(Path(settings.reference), settings.features, settings.quantize)
         else:
-            judge = measured_judge(settings.data or "", settings.features, settings.quantize)
+            judge = measured_judge(settings.data or "", settings.features, settings.quantize, size)
     elif settings.features is not None:
         raise ValueError("evaluate.features: needs evaluate.data or evaluate.reference beside it")
     else:
@@ -68,9 +69,9 @@ def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None) -> Judge
     return judge
 
 
-def measured_judge(source: str, network: str, quantized: bool) -> ImageJudge:
+def measured_judge(source: str, network: str, quantized: bool, size: int | None) -> ImageJudge:
     """The judge of a data set in a feature network, measured now."""
-    samples, module = data.load(source), features.load(network)
+    samples, module = data.load(source, size), features.load(network)
     reference = Reference.measure(samples, module, features.digest(network))
     inception = is_inception(network, reference)
     return ImageJudge(reference, module, samples.fingerprint(), quantized, is_fid=inception)

@@ -326,7 +326,7 @@ def test_statistics_of_edm(tmp_path: Path) -> None:
     scores = measure_data(toy_data(60), judge)
     assert abs(scores.metrics["fd_feature"]) < 1e-10
     assert "kid" not in scores.metrics and "fd_pixel" not in scores.metrics
-    assert "unknown" in judge.note and not judge.watching().half
+    assert "unknown" in judge.note and judge.watching().watched
 
 
 def changed(**arrays: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -528,7 +528,7 @@ def test_watching_sees_the_half_only(camera: ImageJudge) -> None:
         return measure_data(fresh, judge.watching()).metrics, measure_data(fresh, judge).metrics
 
     watched, final = scores(camera)
-    assert camera.watching().half and watched["fd_feature"] != final["fd_feature"]
+    assert camera.watching().watched and watched["fd_feature"] != final["fd_feature"]
     assert watched.keys() <= final.keys() and "fd_pixel" not in watched and "kid" not in watched
     zero = torch.zeros(12, dtype=torch.float64), torch.eye(12, dtype=torch.float64)
     other_watched, other_final = scores(camera, feature=zero)
@@ -1052,7 +1052,7 @@ def test_the_nearest_images_of_a_copy_are_itself(digits: Path, tmp_path: Path) -
         def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
             return given.x[:1].expand(len(z), -1, -1, -1)
 
-    judge = contests.judge_of("digits", QUICK)
+    judge = contests.judge_of("digits", QUICK, None)
     who = contests.Contestant("digits", Copier(), None, 2)
     (panel,) = contests._neighbours([who], judge, QUICK)
     assert "Smallest pixel distance of a sample to any training image: 0 (0 is a copy)" in panel.caption

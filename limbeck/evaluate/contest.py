@@ -118,13 +118,13 @@ def _model_of(source: str) -> str:
     return name if name and number.isdigit() else source
 
 
-def judge_of(law: str, settings: Evaluation) -> Judge:
+def judge_of(law: str, settings: Evaluation, size: int | None) -> Judge:
     """Who scores samples of `law`.
 
     Raises:
         ValueError: if there is nothing to score against.
     """
-    judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None)
+    judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None, size)
     if judge is None:
         raise ValueError(f"reference: there is none for {law!r}; give --against NAME, or --features and a --reference")
     return judge
@@ -145,7 +145,7 @@ def contest(
     """
     contestants = [contestant(source, settings.teacher_steps, size) for source in sources]
     law = against or law_of(sources[0])
-    judge = judge_of(law, settings)
+    judge = judge_of(law, settings, size)
     for who in contestants:
         _check_shape(who, judge, law)
         _check_given(who, judge)

@@ -153,12 +153,12 @@ class Reference:
         if data.y is not None and isinstance(network, Classifier):
             predicted = features.in_batches(network.logits, data.x).argmax(1)
             floors["class_accuracy"] = class_accuracy(predicted, data.y)
-        return cls(moments, rows.half().float(), floors, network_hash, len(data.x))
+        return cls(moments, _compact(rows).float(), floors, network_hash, len(data.x))
 
     def save(self, path: Path) -> None:
-        """Write as .npz, atomically; the rows of features in half precision."""
+        """Write as .npz, atomically; the rows of features in half precision if they fit."""
         arrays: dict[str, Any] = {"features_sha256": np.array(self.features), "count": np.array(self.count)}
-        arrays["rows"] = self.rows.half().numpy()
+        arrays["rows"] = _compact(self.rows).numpy()
         for space, (mean, cov) in self.moments.items():
             arrays[f"mean_{space}"], arrays[f"cov_{space}"] = mean.numpy(), cov.numpy()
         for name, value in self.floors.items():
@@ -209,7 +209,8 @@ class ImageJudge:
     Attributes:
         digest: SHA-256 of the reference.
         quantize: score images as the 8-bit values that a file would hold.
-        half: compare with one half of the reference only, and leave the other for the final `fd_feature_rest`.
+        watched: the cheap scores that steer a run, against one half of the reference where it has halves; the other is
+            left for the final `fd_feature_rest`.
         is_fid: the features are Inception's, so that their Fréchet distance may be called FID.
     """
 
@@ -217,14 +218,14 @@ class ImageJudge:
     network: nn.Module
     digest: str
     quantize: bool = True
-    half: bool = False
+    watched: bool = False
     is_fid: bool = False
 
     def tally(self) -> ImageTally:
         return ImageTally(self)
 
     def watching(self) -> ImageJudge:
-        return dataclasses.replace(self, half="feature_half" in self.reference.moments)
+        return dataclasses.replace(self, watched=True)
 
     def floor(self, samples: int) -> Metrics:
         return dict(self.reference.floors)
@@ -250,7 +251,7 @@ class ImageTally:
         self.judge = judge
         reference = judge.reference.moments
         self.moments = {"feature": Moments(len(reference["feature"][0]))}
-        if "pixel" in reference and not judge.half:
+        if "pixel" in reference and not judge.watched:
             self.moments["pixel"] = Moments(len(reference["pixel"][0]))
         self.rows = torch.empty(0, len(reference["feature"][0]))
         classes = judge.network.classes if isinstance(judge.network, Classifier) else 0
@@ -308,8 +309,9 @@ class ImageTally:
 
     def judgement(self) -> Judgement:
         reference = self.judge.reference
-        half = self.judge.half
-        target = {name: reference.moments["feature_half" if half else name] for name in self.moments}
+        target = {name: reference.moments[name] for name in self.moments}
+        if self.judge.watched and "feature_half" in reference.moments:
+            target["feature"] = reference.moments["feature_half"]
         told: Metrics = {
             f"fd_{name}": frechet_distance(m.mean, m.cov, *target[name]) for name, m in self.moments.items()
         }
@@ -318,7 +320,7 @@ class ImageTally:
             self._classes(told, details)
         if self.judge.is_fid:
             told["fid"] = told["fd_feature"]
-        if half:  # the cheap scores are enough to steer by
+        if self.judge.watched:
             return Judgement(told, details=details)
         if "feature_rest" in reference.moments:
             seen = self.moments["feature"]
@@ -415,6 +417,12 @@ class ExactTally:
             told["mode_recall"] = modes.recall
             told |= {f"share_{k}": float(share) for k, share in enumerate(modes.shares)}
         return Judgement(told, details=details)
+
+
+def _compact(rows: Tensor) -> Tensor:
+    """Rows in half precision, unless some value would overflow there."""
+    fits = rows.numel() == 0 or rows.abs().max() <= torch.finfo(torch.float16).max
+    return rows.half() if fits else rows
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
