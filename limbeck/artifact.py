@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from limbeck import networks
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.files import write_atomically
-from limbeck.generator import Generator, OneStep, Trajectory
+from limbeck.generator import Dirac, FewStep, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 
 FORMAT = 1
@@ -189,7 +189,8 @@ def _try_out(module: Any) -> None:
     """One call on zeros: numbers of a card that do not fit each other fail here, not later in the user's hands."""
     level = (torch.ones(1),) if isinstance(module, Denoiser) else ()
     call = getattr(module, "logits", module)  # a classifier's own call stops at its features
-    if not torch.isfinite(call(torch.zeros(1, *module.shape), *level)).all():
+    shape = getattr(module, "latent_shape", module.shape)
+    if not torch.isfinite(call(torch.zeros(1, *shape), *level)).all():
         raise ValueError("its output is not finite")
 
 
@@ -206,10 +207,14 @@ def _denoiser(card: Mapping[str, Any]) -> Denoiser:
 
 
 def _generator(card: Mapping[str, Any]) -> Generator:
+    if card["generator"] == "dirac":
+        return Dirac(card["shape"], card["classes"], card["scale"])
     denoiser = _denoiser(card["denoiser"])
     match card["generator"]:
         case "one_step":
             return OneStep(denoiser, card["sigma"])
+        case "few_step":
+            return FewStep(denoiser, card["sigmas"])
         case "trajectory":
             return Trajectory(denoiser, Karras(**card["levels"]))
         case other:

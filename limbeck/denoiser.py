@@ -208,11 +208,13 @@ class Guided(Denoiser):
         self.denoiser, self.scale = denoiser, float(scale)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        rows = self.labels(cond, x)
-        if rows is None or self.scale == 1:
-            return self.denoiser(x, sigma, rows)
-        both = self.denoiser(
-            torch.cat([x, x]), sigma.expand(x.shape[0]).repeat(2), torch.cat([rows, torch.zeros_like(rows)])
-        )
-        with_label, without = both.chunk(2)
-        return without + self.scale * (with_label - without)
+        return guided(self.denoiser, self.scale, x, sigma, self.labels(cond, x))
+
+
+def guided(denoiser: Denoiser, scale: float, x: Tensor, sigma: Tensor, cond: Tensor | None) -> Tensor:
+    """D_none + scale (D_cond - D_none), both from one call of a doubled batch; without labels just D."""
+    if cond is None or scale == 1:
+        return denoiser(x, sigma, cond)
+    both = denoiser(torch.cat([x, x]), sigma.expand(x.shape[0]).repeat(2), torch.cat([cond, torch.zeros_like(cond)]))
+    with_label, without = both.chunk(2)
+    return without + scale * (with_label - without)

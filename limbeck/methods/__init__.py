@@ -17,9 +17,13 @@ class Entry(NamedTuple):
 TABLE: dict[str, Entry] = {
     "pid": Entry("limbeck.methods.pid:PID", "Physics Informed Distillation", "arXiv:2411.08378"),
     "diff_instruct": Entry("limbeck.methods.diff_instruct:DiffInstruct", "Diff-Instruct", "arXiv:2305.18455"),
+    "sds": Entry("limbeck.methods.sds:SDS", "Score distillation sampling, of a single point", "arXiv:2209.14988"),
     "sid": Entry("limbeck.methods.sid:SiD", "Score identity Distillation", "arXiv:2404.04057"),
+    "sida": Entry("limbeck.methods.sida:SiDA", "Adversarial score identity distillation", "arXiv:2410.14919"),
     "sim": Entry("limbeck.methods.sim:SIM", "Score Implicit Matching", "arXiv:2410.16794"),
-    "f_distill": Entry("limbeck.methods.f_distill:FDistill", "f-distill; its reverse KL is DMD2", "arXiv:2502.15681"),
+    "dmd": Entry("limbeck.methods.dmd:DMD", "Distribution matching distillation", "arXiv:2311.18828"),
+    "dmd2": Entry("limbeck.methods.dmd2:DMD2", "Improved distribution matching distillation", "arXiv:2405.14867"),
+    "f_distill": Entry("limbeck.methods.f_distill:FDistill", "f-distill", "arXiv:2502.15681"),
     "uni_instruct": Entry("limbeck.methods.uni_instruct:UniInstruct", "Uni-Instruct", "arXiv:2505.20755"),
 }
 
