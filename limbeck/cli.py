@@ -28,11 +28,11 @@ VERBS = {
     ),
     "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
     "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
-    "methods": ("", "list the methods"),
+    "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
 
-FLAGS = ("json",)
+FLAGS = ("json", "unification")
 
 
 class Mistake(ValueError):
@@ -220,9 +220,15 @@ class ReferenceOptions:
 def _methods(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.methods import TABLE
 
+    unified = keys.pop("unification", None) == "true"
     _known(keys, ())
     if words:
         raise Mistake(f"{words[0]}: `limbeck methods` takes no argument")
+    if unified:
+        from limbeck import unification
+
+        print("\n".join(unification.table()))
+        return
     for name, entry in TABLE.items():
         print(f"{name:15} {entry.title} ({entry.paper})")
 

@@ -122,6 +122,8 @@ class Recipe:
         optimizer: settings by player, over the method's defaults.
         ema: moving average of the weights that are exported.
         real: real samples, for methods with a critic.
+        warm_start: steps in which a student network that is not the teacher's own first learns to imitate it, for
+            methods whose players start as the teacher; 0 = random weights.
         clip: largest gradient norm.
         threads: CPU threads; results are bit-equal only at equal threads.
         keep: checkpoints kept.
@@ -142,6 +144,7 @@ class Recipe:
     optimizer: dict[str, Optimizer] = field(default_factory=dict)
     ema: Average = field(default_factory=Average)
     real: Real = field(default_factory=Real)
+    warm_start: int = 2000
     clip: float | None = None
     threads: int | None = None
     keep: int = 2
@@ -154,6 +157,7 @@ class Recipe:
             ("batch", 1),
             ("micro_batches", 1),
             ("seed", 0),
+            ("warm_start", 0),
             ("threads", 1),
             ("keep", 1),
             ("size", 1),

@@ -13,12 +13,12 @@ logits                 a small perceptron on the encoder's mean    the code: mea
                        activations                                 one logit per position
 critic's loss          per pair, times EDM's weight at its level   the code: mean over the GPU's batch, times EDM's
                        (``weighting = "edm"``)                     weight
-``adversarial``        1e-4, the code's ratio of 0.01 to 100       any
-``weight``
-``adversarial``        1e-2 of the denoising loss per coordinate   the code: 1 / d
-``critic``
-``game.fake_first``    100,000 images, as the code                 0
-``adversarial.after``  200,000 images, as the code                 0
+adversarial loss       weight 1e-4, the code's ratio of 0.01 to    ``game.adversarial.weight``
+                       100
+critic in the fake's   1e-2 beside the mean denoising loss         ``game.adversarial.critic``; the code: 1 / d
+turn
+gates                  ``game.fake_first`` 100,000 images, then    as the code; 0 switches them off
+                       ``game.adversarial.after`` 200,000
 ``alpha``              1, the paper's                              see ``sid``
 real samples           needed, with labels of the generator's      the code: of the data's
                        batch

@@ -21,7 +21,7 @@ ratio                  exp(logit) with its graph to x_sigma,       the code's ra
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
 ``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
                                                                    ``sida``
-``after``              the critic counts after 100,000 images;     the same, in the code
+gate                   the critic counts after 100,000 images;     ``game.adversarial.after``; the code: 200,000
                        r = 1 before
 =====================  ==========================================  ==================================================
 """
