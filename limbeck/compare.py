@@ -22,17 +22,17 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from limbeck import config, methods, report, run, summary, teachers
+from limbeck import config, methods, report, run, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.evaluate import measure
-from limbeck.files import write_atomically
+from limbeck.evaluate import Judge, measure
+from limbeck.files import check_folder, write_atomically
 from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
@@ -40,8 +40,10 @@ from limbeck.sample import euler
 KEYS = ("title", "intro", "metric", "x", "euler", "base", "grid")
 
 
-def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | None = None) -> dict[str, Any]:
     """Run the grid of the TOML file `path` in the folder `out`; write comparison.json and comparison.html there.
+
+    `features` replaces evaluate.features of all cells: a program may not be named in a file.
 
     Returns:
         The content of comparison.json.
@@ -53,17 +55,20 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
     for key in grid:
         if key not in KEYS:
             raise ValueError(f"{path}: {key}: unknown key, expected one of {', '.join(KEYS)}")
-    cells = _cells(grid, path)
+    check_folder(out)
+    cells = _cells(grid, path, features)
+    judges = _checked(grid, path, out, cells)
     rows: list[dict[str, Any]] = []
     solved: dict[str, dict[str, float]] = {}
     for number, (name, settings, recipe) in enumerate(cells, 1):
         tell(f"[{number}/{len(cells)}] {name}")
-        told = run.run_distillation(recipe, out / name, tell)
+        told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
         row: dict[str, Any] = {"name": name, "settings": settings}
-        row |= {key: told[key] for key in ("images", "seconds", "student", "teacher_scores", "floor") if key in told}
+        keys = ("images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes")
+        row |= {key: told[key] for key in keys if key in told}
         if grid.get("euler"):
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
-            solved[key] = solved.get(key) or _euler_scores(recipe)
+            solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
         rows.append(row)
     result = {
@@ -82,7 +87,52 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
     return result
 
 
-def _cells(grid: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any], Recipe]]:
+def _checked(
+    grid: Mapping[str, Any], path: Path, out: Path, cells: Sequence[tuple[str, dict[str, Any], Recipe]]
+) -> dict[str, Judge | None]:
+    """The judge of every cell by name.
+
+    Raises:
+        ValueError: for whatever would end a cell, or the table at the end.
+    """
+    for key, kind, known in (
+        ("title", "text", str),
+        ("intro", "text", str),
+        ("metric", "text", str),
+        ("euler", "true or false", bool),
+    ):
+        if key in grid and not isinstance(grid[key], known):
+            raise ValueError(f"{path}: {key}: must be {kind}, got {grid[key]!r}")
+    axis = grid.get("x")
+    if axis is not None:
+        values = grid.get("grid", {}).get(axis) if isinstance(axis, str) else None
+        if values is None:
+            raise ValueError(f"{path}: x: {axis!r} is not a key of grid ({', '.join(grid.get('grid', {}))})")
+        if not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"{path}: x: the values of {axis} are not all numbers")
+    known_judges: dict[str, Judge | None] = {}
+    judges: dict[str, Judge | None] = {}
+    for name, _, recipe in cells:
+        if name in judges:
+            raise ValueError(f"{path}: grid: two cells are called {name}; every value may stand there once")
+        key = json.dumps([recipe.teacher, config.plain(recipe.evaluate), recipe.size])
+        try:
+            judge = run.distillation(recipe, out / name, judge=known_judges.get(key)).judge
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
+        judges[name] = known_judges[key] = judge
+        if grid.get("euler") and not isinstance(recipe.method, PID):
+            raise ValueError(f"{path}: euler: only PID has a grid of N levels, {name} has another method")
+        if judge is None:
+            raise ValueError(f"{path}: {name}: nothing to score against (set evaluate.data and evaluate.features)")
+    metric = grid.get("metric", "fd_feature")
+    measured = set().union(*(judge.names for judge in judges.values() if judge is not None))
+    if metric not in measured:
+        raise ValueError(f"{path}: metric: no run has {metric!r}, they have {', '.join(sorted(measured))}")
+    return judges
+
+
+def _cells(grid: Mapping[str, Any], path: Path, features: str | None) -> list[tuple[str, dict[str, Any], Recipe]]:
     """(name, varied settings, recipe) of every cell, all validated."""
     base, axes = grid.get("base", {}), grid.get("grid", {})
     for name, table in (("base", base), ("grid", axes)):
@@ -97,19 +147,18 @@ def _cells(grid: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any
         table = copy.deepcopy(base)
         for key, value in settings.items():
             config.set_dotted(table, key, value)
+        config.refuse_program(table, path)
+        if features is not None:
+            config.set_dotted(table, "evaluate.features", features)
         name = "-".join(f"{key.split('.')[-1]}_{value}" for key, value in settings.items()) or "run"
         cells.append((name.replace("/", "_").replace(":", "_"), settings, config.resolve(table, methods.METHODS)))
     return cells
 
 
-def _euler_scores(recipe: Recipe) -> dict[str, float]:
+def _euler_scores(recipe: Recipe, judge: Judge | None) -> dict[str, float]:
     """Scores of the teacher's Euler solver on the N levels of a PID recipe: the fixed point of its student."""
-    if not isinstance(recipe.method, PID):
-        raise ValueError("euler: only PID has a grid of N levels")
+    assert isinstance(recipe.method, PID) and judge is not None
     teacher = teachers.load(recipe.teacher or "")
-    judge = summary.judge_for(recipe.teacher or "", recipe.evaluate, teacher, recipe.size)
-    if judge is None:
-        raise ValueError(f"euler: there is no reference for {recipe.teacher}")
     levels = recipe.method.levels.scaled(teacher.unit).grid(recipe.method.N)[:-1]
     settings = recipe.evaluate
     return measure(
@@ -182,4 +231,5 @@ def page(result: Mapping[str, Any]) -> str:
             )
         )
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
-    return report.render_comparison(result["title"], grid.get("intro", ""), table, panels)
+    hashes = {row["name"]: row.get("hashes", {}) for row in result["rows"]}
+    return report.render_comparison(result["title"], grid.get("intro", ""), table, panels, {**result, "hashes": hashes})

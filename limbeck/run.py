@@ -27,14 +27,15 @@ from torch import Tensor
 
 import limbeck
 from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
-from limbeck.config import Every, Recipe
+from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture
-from limbeck.files import write_atomically
+from limbeck.files import check_folder, write_atomically
 from limbeck.generator import Generator
 from limbeck.machine import versions
+from limbeck.noise import Karras
 from limbeck.objective import Pairs
 from limbeck.pictures import overview, png
 from limbeck.randomness import seed_of
@@ -99,11 +100,19 @@ def distill(
     named = teacher if isinstance(teacher, str) else _class_of(teacher)
     table = _table({"teacher": named, "method": method}, keys)
     recipe = config.resolve(table, methods.METHODS, foreign=True)
+    check_folder(out)
     return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher)
 
 
-def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | None = None) -> dict[str, Any]:
-    """`distill` for a resolved recipe; `teacher` replaces the one that the recipe names."""
+def run_distillation(
+    recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | None = None, judge: Judge | None = None
+) -> dict[str, Any]:
+    """`distill` for a resolved recipe; `teacher` and `judge` replace those that the recipe names."""
+    return _run(distillation(recipe, out, teacher, judge), tell)
+
+
+def distillation(recipe: Recipe, out: Path, teacher: Denoiser | None = None, judge: Judge | None = None) -> Job:
+    """The job of a recipe, checked as far as it can be before anything is written; `judge` if it is known already."""
     if recipe.data is not None:
         raise ValueError("data: belongs to `limbeck teach`; a distillation has a teacher")
     if recipe.teacher is None:
@@ -111,7 +120,16 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     teacher = teachers.load(recipe.teacher) if teacher is None else teacher
     _check_levels(recipe, teacher)
     template = student_template(recipe, teacher)
-    judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
+    needs_data = (
+        recipe.method.needs_real
+        and not recipe.real.source.startswith("teacher:")
+        and (recipe.real.source == "data" or not isinstance(teacher, Gaussian | Mixture | Empirical))
+    )
+    if recipe.real.data is not None and not needs_data:
+        raise ValueError("real.data: nothing reads it, with this method and teacher and real.source; leave it out")
+    data.check_size(recipe.size, recipe.evaluate.data, recipe.real.data)
+    if judge is None:
+        judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
     trainer = _trainer(recipe, teacher, template)
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
@@ -122,7 +140,8 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, noise, provider)
     job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare)
-    return _run(job, tell)
+    check(job)
+    return job
 
 
 def _provider(recipe: Recipe, teacher: Denoiser) -> Provider | None:
@@ -220,6 +239,7 @@ def teach(
     Arguments, result and errors as `distill`; `source` is a data set (see `data.load`).
     """
     table = _table({"data": source, "method": method}, keys)
+    check_folder(out)
     return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell)
 
 
@@ -238,9 +258,16 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
     if recipe.data is None:
         raise ValueError("data: is missing")
+    if recipe.real != Real():
+        raise ValueError("real: belongs to `limbeck distill`; teaching reads its data")
+    data.check_size(recipe.size, recipe.data, recipe.evaluate.data)
     samples = data.load(recipe.data, recipe.size)
-    # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser
-    plain = Denoiser(samples.shape, samples.classes, samples.sigma_data)
+    if samples.sigma_data == 0:
+        raise ValueError(f"{recipe.data}: all values are 0; sigma_data must be positive")
+    # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser; the
+    # levels are those of EDM's samplers, which its training law covers
+    reach = Karras().scaled(samples.sigma_data / 0.5)
+    plain = Denoiser(samples.shape, samples.classes, samples.sigma_data, reach.sigma_min, reach.sigma_max)
     denoising = recipe.method.product == "denoiser"
     template = student_template(recipe, plain) if denoising else plain
     judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size) if denoising else None
@@ -253,6 +280,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     train, held_out = (samples, None) if denoising else samples.split()
     source = DataSource(noise, train.x, train.y)
     job = Job(recipe, out, trainer, source, samples.fingerprint(), recipe.method.product, judge, held_out=held_out)
+    check(job)
     return _run(job, tell)
 
 
@@ -293,11 +321,15 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser) -> Trainer:
     )  # fmt: skip
 
 
+def check(job: Job) -> None:
+    """Raise ValueError for a model that cannot be stored, or a folder that holds something else."""
+    artifact.describe(job.trainer.ema.module)
+    _check_folder(job.out, config.to_table(job.recipe))
+
+
 def _run(job: Job, tell: Tell) -> dict[str, Any]:
     recipe, out = job.recipe, job.out
     table = config.to_table(recipe)
-    artifact.describe(job.trainer.ema.module)  # a model that cannot be stored is refused before it is trained
-    _check_folder(out, table)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -491,10 +523,8 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the keys.
     """
+    check_folder(out)
     path = out / "recipe.toml"
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"out: {place} is a file, a run needs a folder")
     if not path.is_file():
         if out.is_dir() and any(p.name not in (".lock", ".recipe.toml.tmp") for p in out.iterdir()):
             raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")

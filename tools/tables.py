@@ -39,7 +39,9 @@ def table(name: str) -> str:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
     seeds = rows[0]["seeds"]
     where = result["machine"]
-    commit, torch = f"commit {(result['commit'] or 'unknown')[:9]}", f"torch {result['versions']['torch']}"
+    known = result["commit"] or "unknown"
+    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
+    torch = f"torch {result['versions']['torch']}"
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [
