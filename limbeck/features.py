@@ -130,7 +130,7 @@ class Scripted(nn.Module):
         images = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
         try:
             found = self.script(images.expand(-1, 3, -1, -1), **options)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"features: the script fails on images {tuple(x.shape[1:])} ({reason})") from None
         if not isinstance(found, Tensor):

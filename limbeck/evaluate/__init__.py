@@ -57,7 +57,7 @@ class Scores:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     details: dict[str, list[float]] = field(default_factory=dict)
     ms_per_image: float | None = None
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 def measure(

@@ -55,7 +55,7 @@ class Judgement:
     metrics: Metrics
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     details: dict[str, list[float]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,9 @@ class ImageTally:
         self.rows = torch.empty(0, len(reference["feature"][0]))
         classes = judge.network.classes if isinstance(judge.network, Classifier) else 0
         self.confusion = torch.zeros(classes, classes, dtype=torch.float64)  # wanted, found
-        self.chances = torch.zeros(0 if judge.watched else judge.answers, dtype=torch.float64)
+        # a script gives chances in a second call, too dear for scores that are watched
+        answers = classes if judge.watched else judge.answers
+        self.chances = torch.zeros(answers, dtype=torch.float64)
         self.sharpness = torch.zeros((), dtype=torch.float64)
         self.labelled = False
 
@@ -434,7 +436,7 @@ class ImageTally:
             told["fid"] = told["fd_feature"]
         if self.judge.watched:
             return Judgement(told, details=details)
-        notes = []
+        notes: list[str] = []
         if "feature_rest" in reference.moments:
             seen = self.moments["feature"]
             told["fd_feature_rest"] = frechet_distance(seen.mean, seen.cov, *reference.moments["feature_rest"])
@@ -457,7 +459,7 @@ class ImageTally:
                 f"{len(self.rows):,} were kept (at most {KEPT:,})."
             )
         self._rows(told, notes)
-        return Judgement(told, intervals, details, tuple(notes))
+        return Judgement(told, intervals, details, notes)
 
     def _rows(self, told: Metrics, notes: list[str]) -> None:
         """Scores of the kept rows of features against those of the reference."""
