@@ -180,7 +180,7 @@ class Preparation:
             provider = self._teacher_provider(job, WARM_SAMPLES, stop, tell)
         imitation = Imitation()
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
-        every = Every(log=recipe.every.log, save=1000, sample=0)
+        every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
         key = seed_of(job.identity, json.dumps(config.to_table(recipe)))
         warm = Job(
             replace(recipe, method=imitation, steps=steps, every=every),
