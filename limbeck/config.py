@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from limbeck import methods, teaching
+from limbeck import methods, noise, teaching
 from limbeck.ema import Average
 from limbeck.optimizer import Optimizer
 
@@ -279,9 +280,7 @@ def validate(cls: type, table: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _line(error: ValidationError, cls: type, prefix: str) -> str:
-    first = error.errors()[0]
-    # pydantic adds the name of a union's member or a container's key kind to the path; keys of ours are plain
-    path = [str(part) for part in first["loc"]]
+    first, path = _first(error.errors())
     dotted = ".".join([prefix, *path] if prefix else path)
     if first["type"] == "unexpected_keyword_argument":
         return f"{dotted}: unknown key{_nearest(path[-1], _fields_at(cls, path[:-1]), dotted[: -len(path[-1])])}"
@@ -293,12 +292,30 @@ def _line(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given}"
 
 
+def _first(errors: list[ErrorDetails]) -> tuple[ErrorDetails, list[str]]:
+    """The error to tell, and its path in keys of ours.
+
+    Where a field may be one of several dataclasses (a noise law), pydantic tells what each of them objects to, with its
+    name in the path; the one that knows the keys is told.
+    """
+    members = {cls.__name__ for cls in typing.get_args(noise.Law)}
+
+    def strange(error: ErrorDetails) -> bool:
+        return error["type"] == "unexpected_keyword_argument" and any(part in members for part in error["loc"])
+
+    first = next((error for error in errors if not strange(error)), errors[0])
+    return first, [str(part) for part in first["loc"] if part not in members]
+
+
 def _fields_at(cls: Any, path: Iterable[str]) -> list[str]:
     """Field names of the dataclass at `path` inside `cls`; of a player's optimiser for optimizer.PLAYER."""
+    kinds = (cls,)
     for part in path:
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        cls = hints.get(part, Optimizer)
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        hints = typing.get_type_hints(kinds[0]) if dataclasses.is_dataclass(kinds[0]) else {}
+        hint = hints.get(part, Optimizer)
+        kinds = tuple(kind for kind in typing.get_args(hint) if kind is not type(None)) or (hint,)
+    known = (dataclasses.fields(kind) for kind in kinds if dataclasses.is_dataclass(kind))
+    return list(dict.fromkeys(f.name for fields in known for f in fields))
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
