@@ -20,9 +20,10 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from limbeck import networks
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.files import write_atomically
 from limbeck.generator import Generator, OneStep, Trajectory
 from limbeck.noise import Karras
@@ -120,17 +121,27 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    tensors = safetensors.torch.load_file(str(path))
-    with _reading(path, kind), torch.device("meta"):
-        # a size, or a number of blocks, of which the file cannot hold one byte each
-        if _largest(card["card"]) > max(os.path.getsize(path), 2**16):
+    return rebuild(path, kind, card.get("card"), safetensors.torch.load_file(str(path)))
+
+
+def rebuild(path: str | os.PathLike[str], kind: str, card: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The module of a card and of the weights that came with it, in float32 and eval mode.
+
+    Raises:
+        ValueError: naming the file `path`, if names, shapes or numbers do not fit each other exactly.
+    """
+    with _reading(path, kind), torch.device("meta"), _at_most(len(tensors) + 1000):
+        # a size of which the file cannot hold one byte each
+        if _largest(card) > max(os.path.getsize(path), 2**16):
             raise ValueError("it claims a network larger than the file")
-        wanted = _BUILDERS[kind](card["card"]).state_dict()
+        imagined = _BUILDERS[kind](card).eval()
+    wanted = imagined.state_dict()
     _compare(wanted, tensors, path)  # before memory is taken for sizes that a card merely claims
     with _reading(path, kind), torch.random.fork_rng(devices=[]):
-        module = _BUILDERS[kind](card["card"]).eval()
+        _try_out(imagined, torch.device("meta"))
+        module = _BUILDERS[kind](card).eval()
         module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
-        _try_out(module)
+        _try_out(module, torch.device("cpu"))
     return module
 
 
@@ -166,6 +177,24 @@ def _reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
         raise ValueError(f"{path}: its card does not describe a {kind} ({reason})") from None
 
 
+@contextlib.contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Stop a construction at more than `count` parameters: a number in a card may ask for billions of layers."""
+    made = 0
+
+    def count_up(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += parameter is not None
+        if made > count:
+            raise ValueError(f"its network has more than {count} tensors, and the file fewer")
+
+    hook = register_module_parameter_registration_hook(count_up)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _largest(value: Any) -> int:
     """The largest integer in nested lists and dictionaries."""
     if isinstance(value, Mapping | list):
@@ -185,24 +214,29 @@ def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: 
 
 
 @torch.no_grad()
-def _try_out(module: Any) -> None:
-    """One call on zeros: numbers of a card that do not fit each other fail here, not later in the user's hands."""
-    level = (torch.ones(1),) if isinstance(module, Denoiser) else ()
+def _try_out(module: Any, device: torch.device) -> None:
+    """One call on zeros: numbers of a card that do not fit each other fail here, not later in the user's hands.
+
+    On the meta device it costs nothing, whatever the shape; on the processor samples of more than 2^14 values would
+    cost too much memory or time.
+    """
+    if device.type != "meta" and math.prod(module.shape) > 2**14:
+        return
+    level = (torch.ones(1, device=device),) if isinstance(module, Denoiser) else ()
     call = getattr(module, "logits", module)  # a classifier's own call stops at its features
-    if not torch.isfinite(call(torch.zeros(1, *module.shape), *level)).all():
+    output = call(torch.zeros(1, *module.shape, device=device), *level)
+    if output.device.type != "meta" and not torch.isfinite(output).all():
         raise ValueError("its output is not finite")
 
 
 def _denoiser(card: Mapping[str, Any]) -> Denoiser:
-    return Preconditioned(
-        networks.build(card["network"], card["arguments"]),
-        tuple(card["shape"]),
-        card["classes"],
-        card["sigma_data"],
-        card["sigma_min"],
-        math.inf if card["sigma_max"] is None else card["sigma_max"],
-        card["noise_unit"],
-    )
+    network = networks.build(card["network"], card["arguments"])
+    sigma_max = math.inf if card["sigma_max"] is None else card["sigma_max"]
+    law = (tuple(card["shape"]), card["classes"], card["sigma_data"], card["sigma_min"], sigma_max)
+    form = card.get("preconditioning", "edm")
+    if form == "edm":
+        return Preconditioned(network, *law, card["noise_unit"])
+    return EpsPreconditioned(network, form, *law, card["steps"], card["beta_d"], card["beta_min"])
 
 
 def _generator(card: Mapping[str, Any]) -> Generator:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.objective import State
 
 Game = Literal["softplus", "hinge"]
@@ -26,7 +26,7 @@ class Critic(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
-        if not isinstance(denoiser, Preconditioned) or not hasattr(denoiser.network, "trace"):
+        if not isinstance(denoiser, Preconditioned | EpsPreconditioned) or not hasattr(denoiser.network, "trace"):
             raise ValueError("template: a critic reads the features of one of Limbeck's networks; set template.network")
         super().__init__(denoiser.shape, denoiser.classes, denoiser.sigma_data, denoiser.sigma_min, denoiser.sigma_max)
         self.denoiser = denoiser
@@ -41,7 +41,7 @@ class Critic(Denoiser):
 
     def both(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The clean estimate (B, *shape) and the logits (B,)."""
-        assert isinstance(self.denoiser, Preconditioned)
+        assert isinstance(self.denoiser, Preconditioned | EpsPreconditioned)
         estimate, features = self.denoiser.trace(x, sigma, cond)
         return estimate, self.head(features).squeeze(1)
 
