@@ -157,7 +157,7 @@ class EpsPreconditioned(Denoiser):
     """A network F that predicts noise, in a preconditioning older than EDM's: D = x + c_out F(c_in x, c_noise, cond).
 
         form    c_out    c_in                   c_noise
-        vp      -sigma   1 / sqrt(sigma^2 + 1)  (steps - 1) t(sigma), t the inverse of sqrt(e^(beta_d t^2/2 + beta_min t) - 1)
+        vp      -sigma   1 / sqrt(sigma^2 + 1)  (steps - 1) t, ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t
         ve      sigma    1                      ln(sigma / 2)
         iddpm   -sigma   1 / sqrt(sigma^2 + 1)  steps - 1 - j, where levels[j] is the level nearest to sigma
 
@@ -250,9 +250,9 @@ class EpsPreconditioned(Denoiser):
 def iddpm_levels(steps: int = 1000, c_1: float = 0.001, c_2: float = 0.008) -> np.ndarray:
     """iDDPM's noise levels in EDM's coordinate, decreasing, the last one 0: float32 (steps + 1,).
 
-    u_(j-1)^2 + 1 = (u_j^2 + 1) / max(a_(j-1) / a_j, c_1), a_j = sin^2(pi/2 j / (steps (1 + c_2))): the cosine schedule of
-    Nichol & Dhariwal (2021), arXiv:2102.09672. The recurrence is ill-conditioned at its beginning and the networks were
-    trained on its float32 values, so it is float32 here and a checkpoint's own table comes first.
+    u_(j-1)^2 + 1 = (u_j^2 + 1) / max(a_(j-1) / a_j, c_1) with a_j = sin^2(pi j / (2 steps (1 + c_2))): the cosine
+    schedule of Nichol & Dhariwal (2021), arXiv:2102.09672. The recurrence is ill-conditioned at its beginning and
+    networks were trained on its float32 values, so it is float32 here, and the table of a checkpoint replaces it.
     """
     j = np.arange(steps + 1, dtype=np.float32)
     alpha_bar = np.sin(np.float32(math.pi / 2) * j / np.float32(steps) / np.float32(1 + c_2)) ** 2
