@@ -21,6 +21,7 @@ from limbeck.denoiser import Guided, Preconditioned
 from limbeck.generator import OneStep, Trajectory
 from limbeck.noise import Karras
 
+
 def mlp(classes: int = 0, shape: tuple[int, ...] = (2,)) -> Preconditioned:
     network = networks.build("mlp", {"shape": list(shape), "classes": classes, "width": 8, "depth": 2})
     return Preconditioned(network, shape, classes, 1.5, 0.01, 90.0)
