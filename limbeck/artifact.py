@@ -30,6 +30,7 @@ from limbeck.noise import Karras
 
 FORMAT = 1
 KINDS = ("generator", "denoiser", "classifier")
+TENSORS = 10_000  # in one file; the largest networks here have 600
 
 
 def bundled(name: str) -> Path:
@@ -45,6 +46,9 @@ def locate(source: str, kind: str) -> Path:
     """
     path = Path(source)
     if path.is_dir():
+        others = [other for other in KINDS if (path / f"{other}.safetensors").is_file()]
+        if others and kind not in others:
+            raise ValueError(f"{kind}: {source} holds a {others[0]}, expected a {kind}")
         path = path / f"{kind}.safetensors"
     if path.is_file():
         return path
@@ -121,7 +125,23 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    return rebuild(path, kind, card.get("card"), safetensors.torch.load_file(str(path)))
+    return rebuild(path, kind, card.get("card"), read_tensors(path))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it cannot be read, or holds more than a network has.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            count = len(file.keys())
+        if count > TENSORS:
+            raise ValueError(f"{path}: holds {count:,} tensors, more than any network here")
+        return safetensors.torch.load_file(str(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def rebuild(path: str | os.PathLike[str], kind: str, card: Any, tensors: Mapping[str, Tensor]) -> Any:

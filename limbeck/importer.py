@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -38,7 +37,7 @@ FORMS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecon
 U_NETS = {"SongUNet": "songunet", "DhariwalUNet": "adm"}
 # ranges of noise levels of EDM's constructors, for bare weights that say nothing
 RANGES = {"edm": (0.0, math.inf), "vp": (2**-10, 152.16697692871094), "ve": (0.02, 100.0)}
-TENSORS, MODULES = 5_000, 5_000  # the largest of these networks has 600
+MODULES = 5_000  # of one network; the largest of these has 300
 LICENCE = (
     "Weights stay under the licence of whoever published them, also in this form, and it may extend to students made "
     "from them. NVIDIA publishes EDM's networks under CC BY-NC-SA 4.0: not for commercial use."
@@ -162,14 +161,13 @@ def _look_at_safetensors(path: Path) -> Found:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             own = "limbeck" in (file.metadata() or {})
-        tensors = safetensors.torch.load_file(str(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if not own:
-        return Found("bare weights of a U-Net", None, None, tensors, {})
-    card = artifact.read_card(path)
-    if card["kind"] != "denoiser":
-        raise ValueError(f"{path}: is a {card['kind']} of Limbeck's already; use it as it is")
+        return Found("bare weights of a U-Net", None, None, artifact.read_tensors(path), {})
+    kind = artifact.read_card(path)["kind"]
+    if kind != "denoiser":
+        raise ValueError(f"{path}: is a {kind} of Limbeck's already; use it as it is")
     denoiser = artifact.load(path, "denoiser")
     state = {name.removeprefix("network."): tensor for name, tensor in denoiser.state_dict().items()}
     return Found("a denoiser of Limbeck's", "teacher", artifact.describe(denoiser), state, {})
@@ -301,8 +299,8 @@ def _state(network: Instance) -> dict[str, View]:
                 pending.append((f"{full}.", value))
             elif value is not None and type(value) is not View:
                 raise ValueError(f"its {full[:80]!r} is a {type(value).__name__}, expected a tensor")
-        if len(tensors) > TENSORS or len(pending) > MODULES:
-            raise ValueError(f"its network has more than {TENSORS:,} tensors or modules")
+        if len(tensors) > artifact.TENSORS or len(pending) > MODULES:
+            raise ValueError("it has more tensors or modules than any network here")
     return tensors
 
 

@@ -831,6 +831,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "card of 60,000 blocks": card_file(arguments={"num_blocks": 60_000}),
     "card hook": card_file(arguments={"hook": "os:system"}),
     "card of a huge picture": card_file(shape=[2, 60_000, 60_000]),
+    "card of 20,000 tensors": lambda: safetensors.torch.save({str(i): torch.ones(1) for i in range(20_000)}),
     "card without one": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": "{"}),
     "card of a newer format": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": '{"format": 2}'}),
 }  # fmt: skip
@@ -862,9 +863,9 @@ def zip_of(entries: Mapping[str, bytes], compress: int = zipfile.ZIP_STORED) -> 
 
 @contextlib.contextmanager
 def bounded(size: int) -> Iterator[None]:
-    """No more new memory than twice `size` and 256 MiB, and no more than five seconds."""
+    """No more new memory than twice `size` and 256 MiB, and no more than five seconds of the processor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    began = time.perf_counter()
+    began = time.process_time()
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * size + 2**28, hard))
@@ -872,7 +873,7 @@ def bounded(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def refused(path: Path, match: str | None = None) -> str:
