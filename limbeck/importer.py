@@ -193,9 +193,7 @@ def _recognise(value: Any) -> Found:
         return Found("the generator of Diff-Instruct", "generator", card, tensors, facts)
     if "loss_fn" in value:
         return Found("a network of EDM", "teacher", card, tensors, facts)
-    return Found(
-        "holds `ema` alone, as SiD's generators and some copies of EDM's networks do", None, card, tensors, facts
-    )
+    return Found("`ema` alone: a generator of SiD, or a copy of EDM's network", None, card, tensors, facts)
 
 
 def _read_network(network: Instance) -> tuple[dict[str, Any], dict[str, View], dict[str, Any]]:

@@ -286,7 +286,7 @@ def _key(value: Any) -> str | int:
     """A dictionary's key or set's element. Text and small integers cannot be made to collide or nest."""
     if type(value) is str or (type(value) is int and 0 <= value < 2**32):
         return value
-    raise ValueError(f"uses a {type(value).__name__} as a key")
+    raise ValueError(f"uses a key of type {type(value).__name__}")
 
 
 def _proto(m: Machine) -> None:
@@ -386,7 +386,7 @@ def _build(m: Machine) -> None:
         case dict() if type(state) is dict:
             pass  # attributes of an ordered dictionary: torch keeps the versions of modules there
         case _:
-            raise ValueError(f"gives a state to a {type(target).__name__}")
+            raise ValueError("gives attributes to something that takes none, or none of this kind")
 
 
 def _persistent_reference(m: Machine) -> None:
@@ -603,7 +603,7 @@ def _read_zip(file: BinaryIO, data: memoryview, budget: Budget) -> Any:
         raise ValueError("is a TorchScript program, not a file of weights")
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise ValueError("is an archive without data.pkl, not a file of torch.save")
+        raise ValueError("is an archive that torch.save did not write: it has not one data.pkl")
 
     def entry(name: str) -> memoryview:
         facts = entries.get(roots[0] + name)

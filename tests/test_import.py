@@ -447,6 +447,9 @@ HEADER = (
 )
 
 
+BIG_ENDIAN = pickle.dumps({"little_endian": False}, 2)
+
+
 def binary(content: bytes) -> bytes:
     return b"B" + struct.pack("<I", len(content)) + content
 
@@ -562,6 +565,12 @@ def nested_kwargs() -> Any:
     return value
 
 
+def laughs() -> bytes:
+    """Arguments of a network, one of which is 2^60 ones."""
+    value = b"](K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"e"
+    return b"}(" + text("_init_args") + b")" + text("_init_kwargs") + b"}" + text("channel_mult") + value + b"su"
+
+
 def one_storage_for_all() -> bytes:
     """3,000 tensors of one megabyte on one storage, as the weights of a network that is otherwise good."""
     model = model_of(good())
@@ -572,7 +581,8 @@ def one_storage_for_all() -> bytes:
     numbers = {"img_resolution": 8, "img_channels": 2, "label_dim": 3, "sigma_data": 0.5, "sigma_min": 0.0,
                "sigma_max": 80.0}  # fmt: skip
     outer = b"".join(text(key) + plain(value) for key, value in numbers.items())
-    return raw(persistent(b"}(" + outer + text("_modules") + b"}" + text("model") + module + b"su")) + b""
+    network = persistent(b"}(" + outer + text("_modules") + b"}" + text("model") + module + b"su")
+    return raw(network)[:-1] + text("loss_fn") + b"Ns."
 
 
 def huge_picture() -> bytes:
@@ -631,8 +641,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     # classic payloads
     **{path: (lambda path=path: raw(call(path, text(COMMAND)), 2)) for path in NAMES},  # type: ignore[misc]
     "stack global": lambda: raw(text("posix") + text("system") + b"\x93" + text(COMMAND) + b"\x85R"),
-    "inst": lambda: b"\x80\x02(S'touch canary'\niposix\nsystem\n.",
-    "obj": lambda: b"\x80\x02(" + name("posix.system") + text(COMMAND) + b"o.",
+    "inst": lambda: b"\x80\x02(" + text(COMMAND) + b"iposix\nsystem\n.",
+    "obj": lambda: b"\x80\x02(" + name("dnnlib.util.EasyDict") + b"o.",
     "protocol 0": lambda: b"cposix\nsystem\n(S'touch canary'\ntR.",
     "protocol 1": lambda: b"\x80\x01" + call("posix.system", text(COMMAND)) + b".",
     "protocol 6": lambda: b"\x80\x06N.",
@@ -692,10 +702,13 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "long of two gigabytes": lambda: raw(b"\x8b\xff\xff\xff\x7f"),
     "long of 255 bytes": lambda: raw(b"\x8a\xff" + b"\x01" * 255),
     "memo far away": lambda: raw(b"]r\xff\xff\xff\xff"),
-    "billion lists": lambda: raw(b"]q\x00" + b"](h\x00h\x00h\x00h\x00h\x00h\x00h\x00h\x00h\x00h\x00eq\x00" * 100),
-    "billion tuples": lambda: raw(b")q\x00" + b"(h\x00h\x00h\x00h\x00h\x00h\x00h\x00h\x00h\x00h\x00tq\x00" * 100),
+    "billion lists": lambda: raw(b"](]q\x00" + b"](" + (b"h\x00" * 10 + b"eq\x00](") * 100 + b"ee"),
+    "billion tuples": lambda: raw(b"]()q\x00(" + (b"h\x00" * 10 + b"tq\x00(") * 100 + b"te"),
     "billion dictionaries": lambda: raw(
-        b"}q\x00" + (b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00uq\x00") * 1000
+        b"](}q\x00}(" + (text("a") + b"h\x00" + text("b") + b"h\x00uq\x00}(") * 1000 + b"ue"
+    ),
+    "billion arguments": lambda: raw(
+        persistent(b"}" + text("_modules") + b"}" + text("model") + persistent(laughs(), "SongUNet") + b"ss")
     ),
     "deep tuples": lambda: raw(b")" + b"\x85" * 300_000),
     "deep lists": lambda: raw(b"]" * 150_000 + b"a" * 149_999),
@@ -726,6 +739,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "stride of zero, small": lambda: raw(tensor(storage(stream()), (2, 2), (0, 1))),
     "tensor of 2^63 values": lambda: raw(tensor(storage(stream()), (2**21, 2**21, 2**21), (1, 1, 1))),
     "far more blocks": kwargs(num_blocks=10**6),
+    "50,000 blocks": kwargs(num_blocks=50_000),
     "blocks beyond 64 bits": kwargs(num_blocks=10**30),
     "64 levels": kwargs(channel_mult=[1] * 64),
     "65 levels": kwargs(channel_mult=[1] * 65),
@@ -779,7 +793,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "archive cut short": lambda: edm_files.state_file(state_of(denoiser_of("edm")))[:-100],
     "stream with another magic": lambda: raw(storage(stream(header=pickle.dumps(3, 2)))),
     "stream big-endian": lambda: raw(
-        storage(stream(header=HEADER[:-100] + pickle.dumps({"little_endian": False}, 2)))
+        storage(stream(header=pickle.dumps(pickles.MAGIC, 2) + pickle.dumps(1001, 2) + BIG_ENDIAN))
     ),
     "stream of other size": lambda: raw(storage(stream(body=struct.pack("<q", 5) + bytes(20)))),
     "stream cut short": lambda: raw(storage(stream()[:-1])),
@@ -833,7 +847,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "card of a huge picture": card_file(shape=[2, 60_000, 60_000]),
     "card of 20,000 tensors": lambda: safetensors.torch.save({str(i): torch.ones(1) for i in range(20_000)}),
     "card without one": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": "{"}),
-    "card of a newer format": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": '{"format": 2}'}),
+    "card of a newer format": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": '{"format": 2, "kind": "denoiser"}'}),
 }  # fmt: skip
 
 
