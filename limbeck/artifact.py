@@ -46,10 +46,9 @@ def locate(source: str, kind: str) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        others = [other for other in KINDS if (path / f"{other}.safetensors").is_file()]
-        if others and kind not in others:
-            raise ValueError(f"{kind}: {source} holds a {others[0]}, expected a {kind}")
-        path = path / f"{kind}.safetensors"
+        # a folder with a model of another kind is refused where that is loaded, by its name
+        files = [path / f"{name}.safetensors" for name in (kind, *KINDS)]
+        path = next((file for file in files if file.is_file()), path)
     if path.is_file():
         return path
     names = sorted(p.name.removesuffix(f"-{kind}.safetensors") for p in bundled("").glob(f"*-{kind}.safetensors"))

@@ -161,11 +161,11 @@ def network(
         for key, child in module._modules.items():
             if isinstance(child, nn.ModuleDict):
                 for part, entry in child._modules.items():
-                    child._modules[part] = persistent(entry, "UNetBlock")  # type: ignore[assignment]
+                    child._modules[part] = persistent(entry, "UNetBlock")
             else:
                 class_name = {"model": model_type, "map_noise": "FourierEmbedding"}.get(key)
                 class_name = class_name or ("Linear" if key.startswith("map_") else "Conv2d")
-                module._modules[key] = persistent(child, class_name)  # type: ignore[assignment]
+                module._modules[key] = persistent(child, class_name)
         extra: dict[str, Any] = {"_init_args": (), "_init_kwargs": {}}
         if name == "UNetBlock":
             extra |= {"skip_scale": np.sqrt(0.5), "num_heads": 1, "adaptive_scale": False}
@@ -200,6 +200,6 @@ def state_file(state: Mapping[str, Tensor], zipped: bool = True) -> bytes:
     """A state dictionary as torch.save writes it."""
     file = io.BytesIO()
     ordered = collections.OrderedDict(state)
-    ordered._metadata = collections.OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    ordered._metadata = collections.OrderedDict({"": {"version": 1}})
     torch.save(ordered, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()

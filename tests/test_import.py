@@ -91,7 +91,7 @@ def denoiser_of(form: str, seed: int = 0) -> Preconditioned | EpsPreconditioned:
     if form == "iddpm":
         table = torch.tensor(iddpm_levels().tolist())
         ranges["iddpm"] = (float(table[-2]), float(table[0]))
-    return EpsPreconditioned(network, form, (2, 8, 8), 3, 0.5, *ranges[form]).eval()  # type: ignore[arg-type]
+    return EpsPreconditioned(network, form, (2, 8, 8), 3, 0.5, *ranges[form]).eval()
 
 
 def state_of(denoiser: torch.nn.Module) -> dict[str, Tensor]:
@@ -341,6 +341,15 @@ def test_round_trips_keep_every_bit(form: str, equal: Any) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in shorter.values())
 
 
+def test_folders_say_what_they_hold() -> None:
+    importer.convert(write(edm_files.snapshot(good())), Path("teacher"))
+    importer.convert(write({"ema": good()}), Path("student"), "generator", 2.5)
+    with pytest.raises(ValueError, match=r"teacher/denoiser\.safetensors: holds a denoiser, expected a gen"):
+        limbeck.load("teacher")
+    with pytest.raises(ValueError, match=r"student/generator\.safetensors: holds a generator, expected a den"):
+        teachers.load("student")
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str], tiny_keys: list[str]) -> None:
     write(edm_files.snapshot(good(), SOURCE))
     write({"ema": good()}, "sid.pkl")
@@ -565,6 +574,14 @@ def nested_kwargs() -> Any:
     return value
 
 
+def network_around(model: bytes) -> bytes:
+    """EDMPrecond around the instructions of a U-Net."""
+    numbers = {"img_resolution": 8, "img_channels": 2, "label_dim": 3, "sigma_data": 0.5, "sigma_min": 0.0,
+               "sigma_max": 80.0}  # fmt: skip
+    outer = b"".join(text(key) + plain(value) for key, value in numbers.items())
+    return persistent(b"}(" + outer + text("_modules") + b"}" + text("model") + model + b"su")
+
+
 def laughs() -> bytes:
     """Arguments of a network, one of which is 2^60 ones."""
     value = b"](K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"e"
@@ -578,11 +595,7 @@ def one_storage_for_all() -> bytes:
     shared = tensor(storage(stream(2**18)), (2**18,), (1,)) + b"q\x05"
     weights = b"}(" + b"".join(text(f"w{i}") + (b"h\x05" if i else shared) for i in range(3000)) + b"u"
     module = persistent(b"}(" + text("_parameters") + weights + text("_init_kwargs") + plain(kept) + b"u", "SongUNet")
-    numbers = {"img_resolution": 8, "img_channels": 2, "label_dim": 3, "sigma_data": 0.5, "sigma_min": 0.0,
-               "sigma_max": 80.0}  # fmt: skip
-    outer = b"".join(text(key) + plain(value) for key, value in numbers.items())
-    network = persistent(b"}(" + outer + text("_modules") + b"}" + text("model") + module + b"su")
-    return raw(network)[:-1] + text("loss_fn") + b"Ns."
+    return raw(network_around(module))[:-1] + text("loss_fn") + b"Ns."
 
 
 def huge_picture() -> bytes:
@@ -639,7 +652,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "persistent of another type": lambda: raw(call("torch_utils.persistence._reconstruct_persistent_obj", b"}")),
     "persistent of no dictionary": lambda: raw(call("torch_utils.persistence._reconstruct_persistent_obj", b"N")),
     # classic payloads
-    **{path: (lambda path=path: raw(call(path, text(COMMAND)), 2)) for path in NAMES},  # type: ignore[misc]
+    **{path: (lambda path=path: raw(call(path, text(COMMAND)), 2)) for path in NAMES},
     "stack global": lambda: raw(text("posix") + text("system") + b"\x93" + text(COMMAND) + b"\x85R"),
     "inst": lambda: b"\x80\x02(" + text(COMMAND) + b"iposix\nsystem\n.",
     "obj": lambda: b"\x80\x02(" + name("dnnlib.util.EasyDict") + b"o.",
@@ -707,9 +720,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "billion dictionaries": lambda: raw(
         b"](}q\x00}(" + (text("a") + b"h\x00" + text("b") + b"h\x00uq\x00}(") * 1000 + b"ue"
     ),
-    "billion arguments": lambda: raw(
-        persistent(b"}" + text("_modules") + b"}" + text("model") + persistent(laughs(), "SongUNet") + b"ss")
-    ),
+    "billion arguments": lambda: raw(network_around(persistent(laughs(), "SongUNet"))),
     "deep tuples": lambda: raw(b")" + b"\x85" * 300_000),
     "deep lists": lambda: raw(b"]" * 150_000 + b"a" * 149_999),
     "deep modules": lambda: raw(
@@ -847,7 +858,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "card of a huge picture": card_file(shape=[2, 60_000, 60_000]),
     "card of 20,000 tensors": lambda: safetensors.torch.save({str(i): torch.ones(1) for i in range(20_000)}),
     "card without one": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": "{"}),
-    "card of a newer format": lambda: safetensors.torch.save({"a": torch.ones(1)}, {"limbeck": '{"format": 2, "kind": "denoiser"}'}),
+    "card of a newer format": lambda: safetensors.torch.save(
+        {"a": torch.ones(1)}, {"limbeck": '{"format": 2, "kind": "denoiser"}'}
+    ),
 }  # fmt: skip
 
 
@@ -861,7 +874,7 @@ def in_itself() -> Persistent:
     table: dict[str, Any] = {}
     # a container of torch, because it is kept before its attributes are read
     loop = torch.nn.ModuleDict()
-    loop._modules = table  # type: ignore[assignment]
+    loop._modules = table
     table["x"] = loop
     model_of(network).state["_modules"]["dec"] = loop
     return network
@@ -929,10 +942,6 @@ def test_the_payload_is_real() -> None:
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile(case: str) -> None:
     refused(write(HOSTILE[case](), "evil.pkl"))
-
-
-def test_there_are_enough_of_them() -> None:
-    assert len(HOSTILE) >= 60
 
 
 def test_source_is_data() -> None:
@@ -1006,7 +1015,7 @@ def test_no_name_is_ever_imported() -> None:
 
     path = write(edm_files.snapshot(good(), SOURCE))
     for module in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"):
-        sys.modules[module] = Module()  # type: ignore[assignment]
+        sys.modules[module] = Module()
     try:
         importer.load(path)
     finally:
