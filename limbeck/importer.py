@@ -35,7 +35,8 @@ from limbeck.pickles import Instance, View
 Role = Literal["teacher", "generator"]
 FORMS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 U_NETS = {"SongUNet": "songunet", "DhariwalUNet": "adm"}
-# ranges of noise levels of EDM's constructors, for bare weights that say nothing
+# ranges of noise levels and schedules of EDM's constructors, for bare weights that say nothing
+SCHEDULE = {"steps": 1000, "beta_d": 19.9, "beta_min": 0.1}
 RANGES = {"edm": (0.0, math.inf), "vp": (2**-10, 152.16697692871094), "ve": (0.02, 100.0)}
 MODULES = 5_000  # of one network; the largest of these has 300
 LICENCE = (
@@ -87,11 +88,14 @@ def load(
         raise ValueError(f"{path}: {found.holds}; say which with --as teacher, or --as generator --sigma-init S")
     if found.role == "generator" and role == "teacher" and found.card is not None:
         raise ValueError(f"{path}: {found.holds}, which is no teacher")
-    if found.card is not None and preconditioning is not None:
-        raise ValueError(f"preconditioning: {path} says its own, {found.card['preconditioning']}; leave it out")
-    card, bare_generator = found.card, found.card is None and role == "generator" and sigma_init is None
-    if card is None:
-        card = _card_of_weights(path, found.tensors, "edm" if bare_generator else preconditioning)
+    trajectory = role == "generator" and sigma_init is None
+    if trajectory and found.card is not None:
+        raise ValueError("sigma_init: is missing; a one-step generator needs the level of its training (SiD: 2.5)")
+    if preconditioning is not None and (trajectory or found.card is not None):
+        raise ValueError(
+            f"preconditioning: {path} needs none; it is for weights alone, as a teacher or with sigma_init"
+        )
+    card = found.card or _card_of_weights(path, found.tensors, "edm" if trajectory else preconditioning)
     denoiser: Denoiser = artifact.rebuild(path, "denoiser", card, _named(path, card, found.tensors))
     facts = {
         "source": {"file": path.name, "sha256": digest, "holds": found.holds, **found.facts},
@@ -100,10 +104,8 @@ def load(
     }
     if role == "teacher":
         return denoiser, facts
-    if bare_generator:
-        return Trajectory(denoiser, Karras(0.002, 80.0)).eval(), facts
     if sigma_init is None:
-        raise ValueError("sigma_init: is missing; a one-step generator needs the level of its training (SiD: 2.5)")
+        return Trajectory(denoiser, Karras(0.002, 80.0)).eval(), facts
     return OneStep(denoiser, sigma_init).eval(), facts
 
 
@@ -222,17 +224,13 @@ def _read_network(network: Instance) -> tuple[dict[str, Any], dict[str, View], d
     if form == "edm":
         card["noise_unit"] = 1.0
     else:
-        card |= _steps_and_betas(form)
+        card |= SCHEDULE
         if form != "ve":
             card["steps"] = _integer(numbers, "M")
         if form == "vp":
             card |= {name: _number(numbers, name) for name in ("beta_d", "beta_min")}
     facts = {"class": network.name, "network_class": model.name, "use_fp16": numbers.get("use_fp16") is True}
     return card, _state(network), facts
-
-
-def _steps_and_betas(form: str) -> dict[str, Any]:
-    return {} if form == "edm" else {"steps": 1000, "beta_d": 19.9, "beta_min": 0.1}
 
 
 def _attributes(instance: Instance) -> dict[str, Any]:
@@ -342,7 +340,6 @@ def _card_of_weights(
     except (LookupError, ArithmeticError, TypeError, ValueError):
         raise ValueError(f"{path}: its tensors are not those of one of EDM's U-Nets") from None
     sigma_min, sigma_max = RANGES[preconditioning]
-    law = {"noise_unit": 1.0} if preconditioning == "edm" else _steps_and_betas(preconditioning)
     return {
         "preconditioning": preconditioning,
         "network": network,
@@ -352,7 +349,7 @@ def _card_of_weights(
         "sigma_data": 0.5,
         "sigma_min": sigma_min,
         "sigma_max": sigma_max if math.isfinite(sigma_max) else None,
-        **law,
+        **({"noise_unit": 1.0} if preconditioning == "edm" else SCHEDULE),
     }
 
 
