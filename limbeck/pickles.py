@@ -208,7 +208,9 @@ class Machine:
         nested: within a storage no further stream may begin.
     """
 
-    def __init__(self, data: memoryview, at: int, budget: Budget, load: Load | None = None, nested: bool = False):
+    def __init__(
+        self, data: memoryview, at: int, budget: Budget, load: Load | None = None, nested: bool = False
+    ) -> None:
         self.data, self.at, self.budget, self.load, self.nested = data, at, budget, load, nested
         self.stack: list[Any] = []
         self.marks: list[int] = []

@@ -1,7 +1,7 @@
 """Makes files as EDM, SiD, Diff-Instruct and PID write them, around given weights.
 
-The pickles come from Python's own pickler and torch's own reductions. Only the modules that such a file names, and that
-nobody here has, are stand-ins for as long as the pickling lasts.
+The pickles come from Python's own pickler and torch's own reductions. Modules that such a file names, and that are not
+here or spelled otherwise, have stand-ins for as long as the pickling lasts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import pickle
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,43 +20,44 @@ import torch
 from torch import Tensor, nn
 
 
-def _reconstruct_persistent_obj(meta: dict[str, Any]) -> None:
-    raise AssertionError("this file was unpickled")
+def _function(module: str, name: str) -> Callable[..., None]:
+    def unpickled(*arguments: Any) -> None:
+        raise AssertionError("this file was unpickled")
 
-
-def scalar(dtype: np.dtype, raw: bytes) -> None:
-    raise AssertionError("this file was unpickled")
+    unpickled.__module__, unpickled.__qualname__, unpickled.__name__ = module, name, name
+    return unpickled
 
 
 class EasyDict(dict):
     pass
 
 
-def _belongs(thing: Any, module: str) -> Any:
-    thing.__module__, thing.__qualname__ = module, thing.__name__
-    return thing
-
-
-_belongs(_reconstruct_persistent_obj, "torch_utils.persistence")
-_belongs(scalar, "numpy.core.multiarray")
-_belongs(EasyDict, "dnnlib.util")
+EasyDict.__module__ = "dnnlib.util"
+reconstruct = _function("torch_utils.persistence", "_reconstruct_persistent_obj")
+scalars = {old: _function(f"numpy.{'core' if old else '_core'}.multiarray", "scalar") for old in (False, True)}
 
 
 @contextlib.contextmanager
-def stand_ins(**things: Any) -> Iterator[None]:
-    """Modules by which the pickler finds the names above; `things` are more of them."""
-    before = dict(sys.modules)
-    for thing in (_reconstruct_persistent_obj, EasyDict, *things.values()):
-        parts = thing.__module__.split(".")
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            sys.modules[name] = sys.modules.get(name) or types.ModuleType(name)
-        setattr(sys.modules[thing.__module__], thing.__name__, thing)
+def stand_ins() -> Iterator[None]:
+    """Modules by which the pickler finds the names above; those that are there are put back."""
+    names = {}
+    for thing in (reconstruct, EasyDict, *scalars.values()):
+        module = types.ModuleType(thing.__module__)
+        setattr(module, thing.__name__, thing)
+        names[thing.__module__] = module
+        for end in range(1, len(thing.__module__.split("."))):
+            parent = ".".join(thing.__module__.split(".")[:end])
+            names.setdefault(parent, sys.modules.get(parent, types.ModuleType(parent)))
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(names)
     try:
         yield
     finally:
-        for name in sys.modules.keys() - before.keys():
-            del sys.modules[name]
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 class Persistent:
@@ -70,7 +71,7 @@ class Persistent:
             "type": "class", "version": 6, "module_src": self.source, "class_name": self.class_name,
             "state": self.state,
         }  # fmt: skip
-        return _reconstruct_persistent_obj, (meta,), None
+        return reconstruct, (meta,), None
 
 
 def module_state(module: nn.Module, old: bool) -> dict[str, Any]:
@@ -91,8 +92,8 @@ class Pickler(pickle.Pickler):
         self.old = old
 
     def reducer_override(self, thing: Any) -> Any:
-        if self.old and isinstance(thing, np.generic):
-            return scalar, (thing.dtype, thing.tobytes())
+        if isinstance(thing, np.generic):
+            return scalars[self.old], (thing.dtype, thing.tobytes())
         return NotImplemented
 
 
@@ -181,7 +182,7 @@ def network(
 def dumps(value: Any, protocol: int = 4, old: bool = False) -> bytes:
     """Pickle a tree of the objects above."""
     file = io.BytesIO()
-    with stand_ins(**({"scalar": scalar} if old else {})):
+    with stand_ins():
         Pickler(file, protocol, old).dump(value)
     return file.getvalue()
 

@@ -973,9 +973,8 @@ def test_mutated() -> None:
     content = edm_files.dumps(edm_files.snapshot(good()))
     generator = torch.Generator().manual_seed(0)
     loaded = 0
-    for _ in range(60):
+    for _ in range(40):
         damaged = bytearray(content)
-        # half of them outside the weights, near the beginning or the end of the file
         for _ in range(1 + int(torch.randint(3, (), generator=generator))):
             place = int(torch.randint(len(content), (), generator=generator))
             damaged[place] = int(torch.randint(256, (), generator=generator))
@@ -987,7 +986,7 @@ def test_mutated() -> None:
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         assert WATCH.seen == [] and not CANARY.exists()
-    assert loaded < 60
+    assert loaded < 40
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
