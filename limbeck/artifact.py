@@ -176,8 +176,8 @@ def load_generator(path: str | os.PathLike[str]) -> Generator:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over a module's class, and the names, shapes and values of its tensors."""
-    digest = hashlib.sha256(type(module).__name__.encode())
+    """SHA-256 over a module's class and form, and the names, shapes and values of its tensors."""
+    digest = hashlib.sha256(f"{type(module).__name__}{getattr(module, 'form', '')}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -222,7 +222,8 @@ def _largest(value: Any) -> int:
 def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     if wanted.keys() != tensors.keys():
         odd = sorted(wanted.keys() ^ tensors.keys())[0]
-        raise ValueError(f"{path}: {odd} is {'missing' if odd in wanted else 'not part of the network'}")
+        shown = " ".join(odd.split())[:100]  # it may be the file's own text
+        raise ValueError(f"{path}: {shown} is {'missing' if odd in wanted else 'not part of the network'}")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")

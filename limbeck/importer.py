@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ class Found:
 
 
 def load(
-    path: Path, role: Role | None = None, sigma_init: float | None = None, preconditioning: str | None = None
+    path: str | os.PathLike[str],
+    role: Role | None = None,
+    sigma_init: float | None = None,
+    preconditioning: str | None = None,
 ) -> tuple[Denoiser | Generator, dict[str, Any]]:
     """The model of a checkpoint, and what its own file should say of where it comes from.
 
@@ -82,6 +86,7 @@ def load(
         raise ValueError(f"sigma_init: must be positive and finite, got {sigma_init}")
     if role == "teacher" and sigma_init is not None:
         raise ValueError("sigma_init: belongs to a generator, not to a teacher")
+    path = Path(path)
     found, digest = _look(path)
     role = role or found.role or ("generator" if sigma_init is not None else None)
     if role is None:
@@ -110,8 +115,8 @@ def load(
 
 
 def convert(
-    path: Path,
-    out: Path,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     role: Role | None = None,
     sigma_init: float | None = None,
     preconditioning: str | None = None,
@@ -123,6 +128,7 @@ def convert(
     Raises:
         ValueError: as `load`, or if the folder holds a model already.
     """
+    out = Path(out)
     for kind in ("denoiser", "generator"):
         if (out / f"{kind}.safetensors").exists():
             raise ValueError(f"out: {out} already holds a {kind}; give another folder")
@@ -203,11 +209,11 @@ def _read_network(network: Instance) -> tuple[dict[str, Any], dict[str, View], d
     if network.name not in FORMS:
         raise ValueError(f"its network is of class {network.name[:80]!r}, expected one of {', '.join(FORMS)}")
     form = FORMS[network.name]
-    model = _attributes(network).get("_modules", {})
-    model = model.get("model") if type(model) is dict else None
+    numbers = _attributes(network)
+    modules = numbers.get("_modules")
+    model = modules.get("model") if type(modules) is dict else None
     if type(model) is not Instance or model.name not in U_NETS:
         raise ValueError(f"its inner network is not of a class that Limbeck knows: {', '.join(U_NETS)}")
-    numbers = _attributes(network)
     side, channels, classes = (_integer(numbers, name) for name in ("img_resolution", "img_channels", "label_dim"))
     card: dict[str, Any] = {
         "preconditioning": form,
@@ -390,15 +396,12 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, Any]]:
     def has(ending: str) -> bool:
         return any(name.endswith(ending) for name in shapes)
 
+    encoders = [kind for kind in ("residual", "skip") if has(f"_aux_{kind}.weight")]
     taps = next((shape[-1] for name, shape in shapes.items() if name.endswith("resample_filter")), 2)
     return "songunet", arguments | {
         "embedding_type": "fourier" if "map_noise.freqs" in shapes else "positional",
         "channel_mult_noise": noise // base,
-        "encoder_type": "residual"
-        if has("_aux_residual.weight")
-        else "skip"
-        if has("_aux_skip.weight")
-        else "standard",
+        "encoder_type": encoders[0] if encoders else "standard",
         "decoder_type": "skip" if has("_aux_up.resample_filter") else "standard",
         "resample_filter": {2: [1, 1], 4: [1, 3, 3, 1]}[taps],
     }
