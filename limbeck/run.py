@@ -28,7 +28,7 @@ from torch import Tensor
 import limbeck
 from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
 from limbeck.config import Every, Recipe
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture
@@ -260,7 +260,7 @@ def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     """The denoiser of which players are copies: the recipe's network, the teacher's own, or one for the shape."""
     options = dict(recipe.template)
     name = options.pop("network", None)
-    if name is None and not options and isinstance(teacher, Preconditioned):
+    if name is None and not options and isinstance(teacher, Preconditioned | EpsPreconditioned):
         return teacher
     if name is None:
         name = "mlp" if len(teacher.shape) < 3 or max(teacher.shape[1:]) <= 8 else "dit"
