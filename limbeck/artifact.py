@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from limbeck import networks
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.files import write_atomically
-from limbeck.generator import Generator, OneStep, Trajectory
+from limbeck.generator import Direct, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 
 FORMAT = 1
@@ -193,7 +193,7 @@ def _try_out(module: Any) -> None:
         raise ValueError("its output is not finite")
 
 
-def _denoiser(card: Mapping[str, Any]) -> Denoiser:
+def _denoiser(card: Mapping[str, Any]) -> Preconditioned:
     return Preconditioned(
         networks.build(card["network"], card["arguments"]),
         tuple(card["shape"]),
@@ -210,6 +210,8 @@ def _generator(card: Mapping[str, Any]) -> Generator:
     match card["generator"]:
         case "one_step":
             return OneStep(denoiser, card["sigma"])
+        case "direct":
+            return Direct(denoiser, card["noise"])
         case "trajectory":
             return Trajectory(denoiser, Karras(**card["levels"]))
         case other:

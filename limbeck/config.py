@@ -114,6 +114,8 @@ class Recipe:
         data: what is learned (`limbeck teach`).
         size: side to which pictures of a folder are resized (`limbeck teach`).
         template: the student's network and its arguments; empty = the teacher's own, or one that suits the shape.
+        generator: network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`), with fresh
+            weights; empty = the generator that the method builds from the template.
         steps: length of the run.
         batch: samples of one turn.
         micro_batches: parts in which a turn's batch is computed, to save memory.
@@ -134,6 +136,7 @@ class Recipe:
     data: str | None = None
     size: int | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    generator: dict[str, Any] = field(default_factory=dict)
     steps: int = 5000
     batch: int = 256
     micro_batches: int = 1

@@ -31,7 +31,7 @@ from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.files import write_atomically
-from limbeck.generator import Generator
+from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
 from limbeck.pictures import overview, png
 from limbeck.source import DataSource, NoiseSource, Provider, RealSource, provider_of
@@ -105,7 +105,7 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     _check_levels(recipe, teacher)
     template = student_template(recipe, teacher)
     judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
-    trainer = _trainer(recipe, teacher, template)
+    trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
     source = NoiseSource(
@@ -195,6 +195,28 @@ def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     )
 
 
+def direct_generator(recipe: Recipe, teacher: Denoiser) -> Direct | None:
+    """The generator that the recipe describes; None leaves it to the method.
+
+    Raises:
+        ValueError: naming the `generator` key that is wrong.
+    """
+    options = dict(recipe.generator)
+    if not options:
+        return None
+    noise = options.pop("noise", 0.0)
+    if not isinstance(noise, int | float):
+        raise ValueError(f"generator.noise: must be a number, got {noise!r}")
+    if "network" not in options:
+        raise ValueError("generator.network: is missing")
+    try:
+        home = student_template(dataclasses.replace(recipe, template=options), teacher)
+    except ValueError as error:
+        raise ValueError(str(error).replace("template", "generator", 1)) from None
+    assert isinstance(home, Preconditioned)
+    return Direct(home, noise)
+
+
 def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
     levels = getattr(recipe.method, "levels", None)
     for name, sign in (("sigma_min", 1), ("sigma_max", -1)):
@@ -209,10 +231,10 @@ def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
             )
 
 
-def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser) -> Trainer:
+def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: Generator | None = None) -> Trainer:
     return Trainer(
         recipe.method, teacher, template, recipe.optimizer,
-        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
+        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed, generator=generator,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ TABLE: dict[str, Entry] = {
     "sid": Entry("limbeck.methods.sid:SiD", "Score identity Distillation", "arXiv:2404.04057"),
     "sim": Entry("limbeck.methods.sim:SIM", "Score Implicit Matching", "arXiv:2410.16794"),
     "f_distill": Entry("limbeck.methods.f_distill:FDistill", "f-distill; its reverse KL is DMD2", "arXiv:2502.15681"),
+    "vardiu": Entry("limbeck.methods.vardiu:VarDiU", "VarDiU, a variational upper bound", "arXiv:2508.20646"),
     "uni_instruct": Entry("limbeck.methods.uni_instruct:UniInstruct", "Uni-Instruct", "arXiv:2505.20755"),
 }
 
