@@ -11,6 +11,7 @@ import difflib
 import math
 import reprlib
 import tomllib
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -278,12 +279,17 @@ def validate(cls: type, table: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _line(error: ValidationError, cls: type, prefix: str) -> str:
-    first = error.errors()[0]
-    # pydantic adds the name of a union's member or a container's key kind to the path; keys of ours are plain
-    path = [str(part) for part in first["loc"]]
+    errors = error.errors()
+    path, holders = _walk(cls, errors[0]["loc"])
+    if len(path) < len(errors[0]["loc"]):
+        # one of several laws: what is wrong with the one whose keys these are, rather than the keys of another
+        errors.sort(key=lambda e: e["type"] == "unexpected_keyword_argument")
+        path, _ = _walk(cls, errors[0]["loc"])
+    first = errors[0]
     dotted = ".".join([prefix, *path] if prefix else path)
     if first["type"] == "unexpected_keyword_argument":
-        return f"{dotted}: unknown key{_nearest(path[-1], _fields_at(cls, path[:-1]), dotted[: -len(path[-1])])}"
+        known = [f.name for holder in holders for f in dataclasses.fields(holder)]
+        return f"{dotted}: unknown key{_nearest(path[-1], known, dotted[: -len(path[-1])])}"
     if first["type"] == "value_error":  # from a __post_init__, whose message begins with the field's name
         return (f"{dotted}." if dotted else "") + str(first["ctx"]["error"])
     if first["type"] == "missing":
@@ -292,12 +298,24 @@ def _line(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given}"
 
 
-def _fields_at(cls: Any, path: Iterable[str]) -> list[str]:
-    """Field names of the dataclass at `path` inside `cls`; of a player's optimiser for optimizer.PLAYER."""
-    for part in path:
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        cls = hints.get(part, Optimizer)
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+def _walk(cls: Any, loc: Iterable[int | str]) -> tuple[list[str], list[Any]]:
+    """Our dotted path in pydantic's location of an error, and the dataclasses that may hold its last key.
+
+    Pydantic adds the name of a union's member to the path; keys of ours are plain. What is no field is a player's name,
+    whose settings are an `Optimizer`.
+    """
+    path: list[str] = []
+    holders: tuple[Any, ...] = (cls,)
+    for part in map(str, loc):
+        if typing.get_origin(cls) is types.UnionType and part in (names := [m.__name__ for m in typing.get_args(cls)]):
+            holders = typing.get_args(cls)
+            cls = holders[names.index(part)]
+            continue
+        if cls not in holders:
+            holders = (cls,)
+        path.append(part)
+        cls = typing.get_type_hints(cls).get(part, Optimizer) if dataclasses.is_dataclass(cls) else Optimizer
+    return path, [holder for holder in holders if dataclasses.is_dataclass(holder)]
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

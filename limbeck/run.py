@@ -160,6 +160,8 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     """`teach` for a resolved recipe."""
     if recipe.teacher is not None:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
+    if recipe.generator:
+        raise ValueError("generator: belongs to `limbeck distill`; teaching makes none")
     if recipe.data is None:
         raise ValueError("data: is missing")
     samples = data.load(recipe.data, recipe.size)

@@ -15,6 +15,10 @@ dropout                fake and teacher in eval mode               the code puts
 ``sigma_init``         2.5, as SiD and DMD's successors            the code's README: 1.0 for CIFAR-10
 labels                 fresh in every turn                         the code reuses the fake score's labels for the
                                                                    generator's turn
+``updated_at``         off: turn and sample call one generator     the noise input of a plain generator (`Direct`) in
+                                                                   its own turn. VarDiU's authors update their
+                                                                   baseline at 0 while they sample it, and train its
+                                                                   fake score, at 1: another network's output
 augmentation           none                                        the code augments the fake score's training samples
 NaN gradients          the run stops                               the code replaces them by 0 or 1e5
 =====================  ==========================================  ==================================================
@@ -24,16 +28,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser, expand
 from limbeck.fake import fake_turn, one_step_and_fake
-from limbeck.generator import Generator, OneStep
+from limbeck.generator import Direct, Generator, OneStep
 from limbeck.losses import l1_scale, per_sample
-from limbeck.noise import LogNormal
+from limbeck.noise import LogNormal, Power
 from limbeck.objective import Batch, Turn, perturb
 from limbeck.optimizer import Optimizer
 
@@ -57,10 +61,11 @@ class DiffInstruct:
 
     Attributes:
         sigma_init: level at which the generator calls its network.
-        levels: law of the noise in the generator's turn.
+        levels: law of the noise in the generator's turn: LogNormal (mean, std) or Power (sigma_min, sigma_max, power).
         fake_levels: law of the noise in the fake score's turn.
         fake_steps: turns of the fake score before each of the generator.
         weight: uniform, or dmd.
+        updated_at: see the ledger.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -68,10 +73,11 @@ class DiffInstruct:
     needs_real: ClassVar[bool] = False
 
     sigma_init: float = 2.5
-    levels: LogNormal = field(default_factory=LogNormal)
-    fake_levels: LogNormal = field(default_factory=LogNormal)
+    levels: LogNormal | Power = field(default_factory=LogNormal)
+    fake_levels: LogNormal | Power = field(default_factory=LogNormal)
     fake_steps: int = 1
     weight: Literal["uniform", "dmd"] = "uniform"
+    updated_at: float | None = None
 
     def __post_init__(self) -> None:
         if self.weight not in ("uniform", "dmd"):
@@ -81,6 +87,8 @@ class DiffInstruct:
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         """The generator, one call at sigma_init; and the fake score. Both start as copies of the template."""
+        if self.updated_at is not None and not isinstance(generator, Direct):
+            raise ValueError("updated_at: needs a plain generator; set generator.network")
         return one_step_and_fake(template, generator, lambda d: OneStep(d, self.sigma_init * template.unit))
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -96,7 +104,11 @@ class DiffInstruct:
 
     def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
         """Per-sample surrogate (B,) whose gradient is the integral KL's."""
-        x = nets["generator"](batch.z, batch.cond)
+        generator = nets["generator"]
+        if self.updated_at is None:
+            x = generator(batch.z, batch.cond)
+        else:
+            x = cast(Direct, generator).at(batch.z, self.updated_at, batch.cond)
         sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
         with torch.no_grad():
             noisy = perturb(x, sigma, batch.eps)

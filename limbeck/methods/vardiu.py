@@ -42,7 +42,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from limbeck import posterior
+from limbeck import posterior as posteriors
 from limbeck.denoiser import Denoiser, expand
 from limbeck.generator import Generator, OneStep
 from limbeck.losses import per_sample
@@ -112,7 +112,7 @@ class VarDiU:
     as_released: bool = False
     control_variate: bool = True
     antithetic: bool = True
-    posterior: posterior.Kind = "diagonal"
+    posterior: posteriors.Kind = "diagonal"
     sigma_init: float = 2.5
     levels: Power = field(default_factory=lambda: Power(0.002, 0.5, 2.0))
     first_power: float = 0.1
@@ -121,7 +121,7 @@ class VarDiU:
     def __post_init__(self) -> None:
         if self.weight not in get_args(Exponent):
             raise ValueError(f"weight: must be 0, 1, 2 or 4, got {self.weight}")
-        if self.posterior not in get_args(posterior.Kind):
+        if self.posterior not in get_args(posteriors.Kind):
             raise ValueError(f"posterior: must be diagonal, full or flow, got {self.posterior!r}")
         if not 0 < self.first_power < math.inf:
             raise ValueError(f"first_power: must be positive, got {self.first_power:g}")
@@ -134,7 +134,7 @@ class VarDiU:
             generator = OneStep(copy.deepcopy(template), self.sigma_init * template.unit)
         elif generator.shape != template.shape:
             raise ValueError(f"generator: makes samples of shape {generator.shape}, the teacher's are {template.shape}")
-        return {"generator": generator, "posterior": posterior.build(self.posterior, template, generator)}
+        return {"generator": generator, "posterior": posteriors.build(self.posterior, template, generator)}
 
     def optimizers(self) -> dict[str, Optimizer]:
         return {
