@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from limbeck import networks
 from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.experts import Experts
 from limbeck.files import write_atomically
 from limbeck.generator import Direct, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
@@ -206,6 +207,8 @@ def _denoiser(card: Mapping[str, Any]) -> Preconditioned:
 
 
 def _generator(card: Mapping[str, Any]) -> Generator:
+    if card["generator"] == "experts":
+        return Experts(tuple(card["shape"]), *(card[key] for key in ("classes", "experts", "width", "scale")))
     denoiser = _denoiser(card["denoiser"])
     match card["generator"]:
         case "one_step":

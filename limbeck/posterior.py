@@ -157,7 +157,7 @@ def log_normal(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def log_normal_full(z: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    """log N(z; mean, factor factor^T) for z and mean (..., d) and lower triangular factors (..., d, d): (...)."""
+    """log N(z; mean, factor factor^T) for z and mean (B, d) and lower triangular factors (B, d, d): (B,)."""
     white = torch.linalg.solve_triangular(factor, (z - mean)[..., None], upper=False).squeeze(-1)
     log_volume = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -white.pow(2).sum(-1) / 2 - log_volume - z.shape[-1] / 2 * math.log(2 * math.pi)

@@ -29,7 +29,7 @@ from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.files import write_atomically
 from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
@@ -109,7 +109,7 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
     source = NoiseSource(
-        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes,
+        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes, teacher.contexts,
         micro_batches=recipe.micro_batches, stratified=recipe.stratified,
     )  # fmt: skip
     batches: Source = RealSource(source, _provider(recipe, teacher)) if recipe.method.needs_real else source
@@ -130,6 +130,8 @@ def _provider(recipe: Recipe, teacher: Denoiser) -> Provider:
         return provider_of(generate(sampler, drawn, classes), drawn.labels)
     if kind == "auto" and isinstance(teacher, Gaussian | Mixture | Empirical):
         return lambda n, rng, labels: teacher.sample(n, rng)
+    if kind == "auto" and isinstance(teacher, Policy):
+        return lambda n, rng, contexts: teacher.sample(n, rng, contexts)
     samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
     if samples.shape != teacher.shape:
         raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")

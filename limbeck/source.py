@@ -25,6 +25,7 @@ class NoiseSource:
         latent_shape: shape of one latent.
         batch: global batch.
         classes: labels are uniform over the classes, as one-hot rows; 0 = no labels.
+        contexts: condition rows are uniform in [0, 1)^classes instead.
         unlabelled: share of zero rows ("no label").
         stratified: u is one uniform draw from each of `batch` equal intervals, in random order.
     """
@@ -34,6 +35,7 @@ class NoiseSource:
     batch: int
     seed: int
     classes: int = 0
+    contexts: bool = False
     unlabelled: float = 0.0
     micro_batches: int = 1
     stratified: bool = False
@@ -53,7 +55,9 @@ class NoiseSource:
             u = ((torch.randperm(n, generator=rng) + u) / n).clamp(max=below)
         eps = torch.randn(n, *self.shape, generator=rng, dtype=self.dtype)
         cond = None
-        if self.classes:
+        if self.contexts:
+            cond = torch.rand(n, self.classes, generator=rng, dtype=self.dtype)
+        elif self.classes:
             labels = torch.randint(self.classes, (n,), generator=rng)
             cond = one_hot(labels, self.classes, self.dtype)
             if self.unlabelled:
@@ -88,7 +92,8 @@ Provider = Callable[[int, torch.Generator, Tensor | None], Tensor]
 class RealSource:
     """A `NoiseSource` whose batches carry real samples of the same labels, for critics.
 
-    `provider(n, rng, labels)` draws n of them, (n, *shape), of classes `labels` (n,) if there are any.
+    `provider(n, rng, labels)` draws n of them, (n, *shape), of classes `labels` (n,) if there are any, or in contexts
+    `labels` (n, classes).
     """
 
     noise: NoiseSource
@@ -97,7 +102,7 @@ class RealSource:
     def __call__(self, step: int, turn: int) -> Iterator[Batch]:
         rng = stream(self.noise.seed, "batch", step, turn)
         batch = self.noise.draw(rng)
-        labels = None if batch.cond is None else batch.cond.argmax(1)
+        labels = batch.cond if batch.cond is None or self.noise.contexts else batch.cond.argmax(1)
         real = self.provider(self.noise.batch, rng, labels).to(self.noise.dtype)
         yield from _cut(replace(batch, real=real), self.noise.micro_batches)
 

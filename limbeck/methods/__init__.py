@@ -21,6 +21,7 @@ TABLE: dict[str, Entry] = {
     "sim": Entry("limbeck.methods.sim:SIM", "Score Implicit Matching", "arXiv:2410.16794"),
     "f_distill": Entry("limbeck.methods.f_distill:FDistill", "f-distill; its reverse KL is DMD2", "arXiv:2502.15681"),
     "vardiu": Entry("limbeck.methods.vardiu:VarDiU", "VarDiU, a variational upper bound", "arXiv:2508.20646"),
+    "vdd": Entry("limbeck.methods.vdd:VDD", "Variational Diffusion Distillation", "arXiv:2406.12538"),
     "uni_instruct": Entry("limbeck.methods.uni_instruct:UniInstruct", "Uni-Instruct", "arXiv:2505.20755"),
 }
 
