@@ -6,6 +6,7 @@ line that names the dotted key.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -61,10 +62,12 @@ class Evaluation:
         draws: independent draws; the score is their mean.
         seed: key of the samples' noise; sample j depends on (seed, j) alone.
         teacher_steps: Heun steps of the teacher, 2 * steps - 1 network calls.
-        data: reference images for teachers that bring none (a name or file as for `teach`).
+        data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law that
+            a learned teacher learned.
         reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
         features: feature network of `data` or `reference`.
         quantize: score images as 8-bit values.
+        mmd_scale: length in whose units the kernels of `mmd` have their widths; None = the exact law's sigma_data.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -77,11 +80,14 @@ class Evaluation:
     reference: str | None = None
     features: str | None = None
     quantize: bool = True
+    mmd_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("draws", 1), ("seed", 0), ("teacher_steps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if self.mmd_scale is not None and not 0 < self.mmd_scale < math.inf:
+            raise ValueError(f"mmd_scale: must be positive and finite, got {self.mmd_scale}")
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,16 @@ def set_dotted(table: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no fields")
         table = inner
     table[leaf] = value
+
+
+def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested dictionary with the values of another one over its own, table by table."""
+    result = copy.deepcopy(dict(table))
+    for key, value in over.items():
+        inner = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        result[key] = merged(inner, value) if both else copy.deepcopy(value)
+    return result
 
 
 def resolve(table: Mapping[str, Any], known: Mapping[str, type], foreign: bool = False) -> Recipe:
