@@ -62,8 +62,8 @@ class Evaluation:
         draws: independent draws; the score is their mean.
         seed: key of the samples' noise; sample j depends on (seed, j) alone.
         teacher_steps: Heun steps of the teacher, 2 * steps - 1 network calls.
-        data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law that
-            a learned teacher learned.
+        data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law
+            that a learned teacher learned.
         reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
         features: feature network of `data` or `reference`.
         quantize: score images as 8-bit values.
@@ -216,8 +216,10 @@ def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(table))
     for key, value in over.items():
         inner = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        result[key] = merged(inner, value) if both else copy.deepcopy(value)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            result[key] = merged(inner, value)
+        else:
+            result[key] = copy.deepcopy(value)
     return result
 
 

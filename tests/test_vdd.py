@@ -1,4 +1,4 @@
-"""VDD in closed form: the bound against divergences by quadrature, experts as a generator, laws that turn with a context."""
+"""VDD in closed form: its bound against divergences by quadrature, experts as a generator, laws that turn."""
 
 import math
 from collections.abc import Callable
@@ -72,7 +72,10 @@ def divergence(student: Experts, cond: Tensor | None = None) -> Tensor:
 def gradients(value: Tensor, module: nn.Module) -> Tensor:
     found = torch.autograd.grad(value, list(module.parameters()), retain_graph=True, allow_unused=True)
     return torch.cat(
-        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(module.parameters(), found)]
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(module.parameters(), found, strict=True)
+        ]
     )
 
 
@@ -128,7 +131,9 @@ def test_wrong_responsibilities_cost_their_own_divergence() -> None:
         gap = (log_joint.exp().sum(1) * (right.exp() * (right - off)).sum(1)).sum() * (axis[1] - axis[0]) ** 2
     assert values[1] - values[0] == pytest.approx(gap.item(), abs=1e-8)
     # tight for the right ones: log g + log N - log r = log p_G
-    assert values[0] == pytest.approx((W * (mixture.log_gate.exp() * joint.logsumexp(2)).sum(1)).sum().item(), abs=1e-12)
+    assert values[0] == pytest.approx(
+        (W * (mixture.log_gate.exp() * joint.logsumexp(2)).sum(1)).sum().item(), abs=1e-12
+    )
 
 
 def test_the_gate_takes_em_s_step_and_nothing_else() -> None:

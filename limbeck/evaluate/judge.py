@@ -356,8 +356,8 @@ class ImageTally:
 class ExactJudge:
     """Log-density, MMD, sliced Wasserstein distance, C2ST and modes against an exact law.
 
-    MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments (arXiv:2508.20646) in units of `scale`,
-    or else of the law's sigma_data, against as many fresh samples of the law.
+    MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments (arXiv:2508.20646) in units of
+    `scale`, or else of the law's sigma_data, against as many fresh samples of the law.
     """
 
     target: Gaussian | Mixture | Empirical

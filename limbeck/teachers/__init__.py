@@ -52,9 +52,9 @@ def load(source: str) -> Denoiser:
     """A teacher, in eval mode.
 
     Args:
-        source: "exact:ring8", "exact:mog40", "exact:mixture8", "exact:policy4", "exact:gaussian"; "exact:FILE.toml", a mixture with `weights`, `means` and
-            `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher ("digits"); or a denoiser's
-            safetensors file or run folder, with or without "file:" in front.
+        source: "exact:ring8", "exact:mog40", "exact:mixture8", "exact:policy4", "exact:gaussian"; "exact:FILE.toml", a
+            mixture with `weights`, `means` and `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher
+            ("digits"); or a denoiser's safetensors file or run folder, with or without "file:" in front.
 
     Raises:
         ValueError: naming what is wrong.
