@@ -24,8 +24,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from limbeck import networks
 from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
+from limbeck.experts import Experts
 from limbeck.files import write_atomically
-from limbeck.generator import Dirac, FewStep, Generator, OneStep, Trajectory
+from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 
 FORMAT = 1
@@ -261,12 +262,16 @@ def _denoiser(card: Mapping[str, Any]) -> Denoiser:
 def _generator(card: Mapping[str, Any]) -> Generator:
     if card["generator"] == "dirac":
         return Dirac(card["shape"], card["classes"], card["scale"])
+    if card["generator"] == "experts":
+        return Experts(tuple(card["shape"]), *(card[key] for key in ("classes", "experts", "width", "scale")))
     denoiser = _denoiser(card["denoiser"])
     match card["generator"]:
         case "one_step":
             return OneStep(denoiser, card["sigma"])
         case "few_step":
             return FewStep(denoiser, card["sigmas"])
+        case "direct" if isinstance(denoiser, Preconditioned):
+            return Direct(denoiser, card["noise"])
         case "trajectory":
             return Trajectory(denoiser, Karras(**card["levels"]))
         case other:

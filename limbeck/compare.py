@@ -4,25 +4,31 @@ A grid file is TOML:
 
     title = "Student score over N"
     metric = "fd_feature"              # what the curves show
+    also = ["fd_pixel"]                # more metrics for the table (optional)
     x = "method.N"                     # the key along their horizontal axis (optional)
     euler = true                       # score the teacher's Euler solver on each cell's grid beside the student (PID)
     [base]                             # recipe keys, as in a recipe file
     teacher = "digits"
+    [[variant]]                        # named settings over the base (optional); each is combined with the whole grid
+    name = "features"
+    method.metric = "features"
+    method.features = "digits"
     [grid]                             # every combination of these values is one run
     "method.N" = [18, 35, 70]
     seed = [0, 1, 2]
+
+A variant may have a `grid` of its own, which replaces keys of the common one.
 
 Interrupted comparisons continue: finished cells are read, unfinished ones go on from their checkpoints.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,7 @@ from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
 
-KEYS = ("title", "intro", "metric", "x", "euler", "base", "grid")
+KEYS = ("title", "intro", "metric", "also", "x", "euler", "base", "variant", "grid")
 
 
 def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -53,6 +59,7 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
     for key in grid:
         if key not in KEYS:
             raise ValueError(f"{path}: {key}: unknown key, expected one of {', '.join(KEYS)}")
+    metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
     cells = _cells(grid, path)
     rows: list[dict[str, Any]] = []
     solved: dict[str, dict[str, float]] = {}
@@ -60,7 +67,8 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
         tell(f"[{number}/{len(cells)}] {name}")
         told = run.run_distillation(recipe, out / name, tell)
         row: dict[str, Any] = {"name": name, "settings": settings}
-        row |= {key: told[key] for key in ("images", "seconds", "student", "teacher_scores", "floor") if key in told}
+        kept = ("steps", "images", "seconds", "student", "teacher_scores", "floor", "history")
+        row |= {key: told[key] for key in kept if key in told}
         if grid.get("euler"):
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe)
@@ -68,10 +76,10 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
         rows.append(row)
     result = {
         "title": grid.get("title", path.stem),
-        "metric": grid.get("metric", "fd_feature"),
+        "metric": metrics[0],
         "grid": grid,
         "rows": rows,
-        "summary": _over_seeds(rows, grid.get("metric", "fd_feature")),
+        "summary": _over_seeds(rows, metrics),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -84,21 +92,37 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
 
 def _cells(grid: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any], Recipe]]:
     """(name, varied settings, recipe) of every cell, all validated."""
-    base, axes = grid.get("base", {}), grid.get("grid", {})
+    base, axes, variants = grid.get("base", {}), grid.get("grid", {}), grid.get("variant", [{}])
     for name, table in (("base", base), ("grid", axes)):
         if not isinstance(table, dict):
             raise ValueError(f"{path}: {name}: must be a table")
-    for key, values in axes.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: grid.{key}: must be a list of values")
+    if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
+        raise ValueError(f"{path}: variant: must be a list of tables, [[variant]]")
+    names = [variant.get("name") for variant in variants]
+    if variants != [{}] and (not all(isinstance(n, str) and n for n in names) or len({*names}) < len(names)):
+        raise ValueError(f"{path}: variant.name: every variant needs a name of its own, got {names}")
     cells = []
-    for values in itertools.product(*axes.values()):
-        settings = dict(zip(axes, values, strict=True))
-        table = copy.deepcopy(base)
-        for key, value in settings.items():
-            config.set_dotted(table, key, value)
-        name = "-".join(f"{key.split('.')[-1]}_{value}" for key, value in settings.items()) or "run"
-        cells.append((name.replace("/", "_").replace(":", "_"), settings, config.resolve(table, methods.METHODS)))
+    for variant in variants:
+        own = variant.get("grid", {})
+        overrides = {key: value for key, value in variant.items() if key not in ("name", "grid")}
+        if not isinstance(own, dict):
+            raise ValueError(f"{path}: variant.grid: must be a table")
+        varied = {**axes, **own}
+        for key, values in varied.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"{path}: grid.{key}: must be a list of values")
+        for values in itertools.product(*varied.values()):
+            settings = dict(zip(varied, values, strict=True))
+            table = config.merged(base, overrides)
+            for key, value in settings.items():
+                config.set_dotted(table, key, value)
+            parts = [f"{key.split('.')[-1]}_{value}" for key, value in settings.items()]
+            if variant:
+                parts.insert(0, variant["name"])
+                settings = {"variant": variant["name"], **settings}
+            name = "-".join(parts) or "run"
+            name = name.replace("/", "_").replace(":", "_").replace(" ", "_")
+            cells.append((name, settings, config.resolve(table, methods.METHODS)))
     return cells
 
 
@@ -133,29 +157,62 @@ class _EulerSampler:
         return euler(self.teacher, z, sigmas=self.levels, cond=cond)
 
 
-def _over_seeds(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the metric over the seeds of equal settings."""
+def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the metrics over the seeds of equal settings; the first one's with anchors."""
+    told = []
+    for key, group in _groups(rows).items():
+        first, metric = group[0], metrics[0]
+        found = {name: [row["student"]["metrics"][name] for row in group if name in _scores(row)] for name in metrics}
+        values = found[metric]
+        one: dict[str, Any] = {
+            **json.loads(key),
+            "seeds": len(values),
+            "student": statistics.fmean(values),
+            "spread": _spread(values),
+            "euler": first.get("euler", {}).get("metrics", {}).get(metric),
+            "teacher": first.get("teacher_scores", {}).get("metrics", {}).get(metric),
+            "floor": first.get("floor", {}).get("metrics", {}).get(metric),
+        }
+        for name in metrics[1:]:
+            one[name] = statistics.fmean(found[name]) if found[name] else None
+            one[f"{name} spread"] = _spread(found[name])
+            one[f"{name} floor"] = first.get("floor", {}).get("metrics", {}).get(name)
+        seconds = statistics.fmean(row["seconds"] for row in group)
+        told.append(
+            {**one, "images": first["images"], "seconds": seconds, "ms per step": 1000 * seconds / first["steps"]}
+        )
+    return told
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of equal settings but for the seed."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps({k: v for k, v in row["settings"].items() if k != "seed"}), []).append(row)
-    told = []
-    for key, group in groups.items():
-        values = [row["student"]["metrics"][metric] for row in group if metric in row.get("student", {})["metrics"]]
-        first = group[0]
-        told.append(
-            {
-                **json.loads(key),
-                "seeds": len(values),
-                "student": statistics.fmean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else None,
-                "euler": first.get("euler", {}).get("metrics", {}).get(metric),
-                "teacher": first.get("teacher_scores", {}).get("metrics", {}).get(metric),
-                "floor": first.get("floor", {}).get("metrics", {}).get(metric),
-                "images": first["images"],
-                "seconds": statistics.fmean(row["seconds"] for row in group),
-            }
-        )
-    return told
+    return groups
+
+
+def _scores(row: Mapping[str, Any]) -> Mapping[str, float]:
+    scores: Mapping[str, float] = row.get("student", {}).get("metrics", {})
+    return scores
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def history(rows: list[dict[str, Any]], metric: str) -> dict[str, list[tuple[float, float]]]:
+    """(images, mean over seeds) of what was measured on the way, by settings."""
+    series = {}
+    for key, group in _groups(rows).items():
+        found: dict[float, list[float]] = {}
+        for watched in (entry for row in group for entry in row.get("history", [])):
+            if metric in watched["metrics"]:
+                found.setdefault(watched["images"], []).append(watched["metrics"][metric])
+        if found:
+            label = ", ".join(str(value) for value in json.loads(key).values()) or "student"
+            series[label] = [(images, statistics.fmean(values)) for images, values in sorted(found.items())]
+    return series
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -181,5 +238,10 @@ def page(result: Mapping[str, Any]) -> str:
                 lines=lines,
             )
         )
+    for name in (metric, *grid.get("also", [])):
+        series = history(result["rows"], name)
+        if series:
+            text = "Mean over seeds, on the noise and the fresh samples that watch a run."
+            panels.append(report.Curve(f"{name} over training", text, "images", name, series))
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
     return report.render_comparison(result["title"], grid.get("intro", ""), table, panels)

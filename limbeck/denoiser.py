@@ -31,12 +31,14 @@ class Denoiser(nn.Module):
     Attributes:
         shape: shape of one sample, e.g. (1, 8, 8) or (2,).
         classes: width of a condition row; 0 = unconditional.
+        contexts: condition rows are points of [0, 1]^classes instead of one-hot labels.
         sigma_data: root mean square of the data per coordinate; `unit` = sigma_data / 0.5 is the scale of all defaults.
         sigma_min, sigma_max: range of noise levels in which the denoiser can be trusted.
     """
 
     shape: tuple[int, ...]
     classes: int
+    contexts: bool = False
     sigma_data: float
     sigma_min: float
     sigma_max: float

@@ -19,7 +19,10 @@ def print_keys(verb: str, method: str | None) -> None:
     target, default = _subject(verb, method)
     form, _ = cli.VERBS[verb]
     with contextlib.suppress(SystemExit):  # tyro leaves the process after printing help
-        tyro.cli(target, prog=f"limbeck {verb} {form}", args=["--help"], default=default, use_underscores=True)
+        tyro.cli(
+            target, prog=f"limbeck {verb} {form}", args=["--help"], default=default, use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )  # fmt: skip
 
 
 def _subject(verb: str, method: str | None) -> tuple[Any, Any]:

@@ -31,9 +31,9 @@ from limbeck.config import Every, Recipe
 from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.files import write_atomically
-from limbeck.generator import Generator
+from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
 from limbeck.objective import Pairs
 from limbeck.pictures import overview, png
@@ -112,11 +112,11 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     _check_levels(recipe, teacher)
     template = student_template(recipe, teacher)
     judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
-    trainer = _trainer(recipe, teacher, template)
+    trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
     noise = NoiseSource(
-        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes,
+        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes, teacher.contexts,
         micro_batches=recipe.micro_batches, stratified=recipe.stratified,
     )  # fmt: skip
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
@@ -133,12 +133,21 @@ def _provider(recipe: Recipe, teacher: Denoiser) -> Provider | None:
     """
     if recipe.real.source.startswith("teacher:"):
         return None
-    if recipe.real.source == "auto" and isinstance(teacher, Gaussian | Mixture | Empirical):
-        return lambda n, rng, labels: teacher.sample(n, rng)
+    if recipe.real.source == "auto" and (provider := _exact_provider(teacher)):
+        return provider
     samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
     if samples.shape != teacher.shape:
         raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")
     return provider_of(samples.x, samples.y)
+
+
+def _exact_provider(teacher: Denoiser) -> Provider | None:
+    """The samples of an exact teacher."""
+    if isinstance(teacher, Policy):
+        return lambda n, rng, contexts: teacher.sample(n, rng, contexts)
+    if isinstance(teacher, Gaussian | Mixture | Empirical):
+        return lambda n, rng, labels: teacher.sample(n, rng)
+    return None
 
 
 WARM_SAMPLES = 5000  # teacher samples on which a student's network learns to imitate it
@@ -174,10 +183,7 @@ class Preparation:
         recipe, teacher = job.recipe, self.teacher
         steps = recipe.warm_start
         tell(f"fitting the student's network to the teacher: {steps:,} steps")
-        if isinstance(teacher, Gaussian | Mixture | Empirical):
-            provider: Provider = lambda n, rng, labels: teacher.sample(n, rng)  # noqa: E731
-        else:
-            provider = self._teacher_provider(job, WARM_SAMPLES, stop, tell)
+        provider = _exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, stop, tell)
         imitation = Imitation()
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
         every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
@@ -192,7 +198,7 @@ class Preparation:
         seconds, _ = _resume(warm, tell)
         seconds, _ = _loop(warm, seconds, None, stop, tell)
         self.template.load_state_dict(warm.trainer.ema.module.state_dict())
-        trainer = _trainer(recipe, teacher, self.template)
+        trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
         shutil.rmtree(warm.out)
         return trainer, seconds
 
@@ -236,6 +242,8 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     """`teach` for a resolved recipe."""
     if recipe.teacher is not None:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
+    if recipe.generator:
+        raise ValueError("generator: belongs to `limbeck distill`; teaching makes none")
     if recipe.data is None:
         raise ValueError("data: is missing")
     samples = data.load(recipe.data, recipe.size)
@@ -272,6 +280,28 @@ def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     )
 
 
+def direct_generator(recipe: Recipe, teacher: Denoiser) -> Direct | None:
+    """The generator that the recipe describes; None leaves it to the method.
+
+    Raises:
+        ValueError: naming the `generator` key that is wrong.
+    """
+    options = dict(recipe.generator)
+    if not options:
+        return None
+    noise = options.pop("noise", 0.0)
+    if not isinstance(noise, int | float):
+        raise ValueError(f"generator.noise: must be a number, got {noise!r}")
+    if "network" not in options:
+        raise ValueError("generator.network: is missing")
+    try:
+        home = student_template(dataclasses.replace(recipe, template=options), teacher)
+    except ValueError as error:
+        raise ValueError(str(error).replace("template", "generator", 1)) from None
+    assert isinstance(home, Preconditioned)
+    return Direct(home, noise)
+
+
 def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
     levels = getattr(recipe.method, "levels", None)
     for name, sign in (("sigma_min", 1), ("sigma_max", -1)):
@@ -286,10 +316,10 @@ def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
             )
 
 
-def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser) -> Trainer:
+def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: Generator | None = None) -> Trainer:
     return Trainer(
         recipe.method, teacher, template, recipe.optimizer,
-        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
+        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed, generator=generator,
     )  # fmt: skip
 
 

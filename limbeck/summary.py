@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, config, data, features, report
+from limbeck import artifact, config, data, features, report, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
@@ -48,7 +48,12 @@ def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None, size: in
         for name in ("data", "features"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"evaluate.{name}: an exact law is its own reference; leave evaluate.{name} out")
-        return ExactJudge(teacher, settings.seed)
+        return ExactJudge(teacher, settings.seed, scale=settings.mmd_scale)
+    if settings.data is not None and settings.data.startswith("exact:"):
+        target = teachers.load(settings.data)
+        if not isinstance(target, Gaussian | Mixture | Empirical) or (teacher and teacher.shape != target.shape):
+            raise ValueError(f"evaluate.data: {settings.data} cannot judge samples of {law}")
+        return judge_for(settings.data, dataclasses.replace(settings, data=None), target)
     judge: ImageJudge | None
     if settings.reference is not None or settings.data is not None:
         if settings.features is None:

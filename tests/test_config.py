@@ -88,6 +88,17 @@ def test_mistakes_in_tables_of_a_method(table: dict[str, Any], line: str) -> Non
     assert message({"method": {"name": "diff_instruct", **table}}) == line
 
 
+def test_one_key_of_a_table_leaves_the_rest_as_the_method_has_it() -> None:
+    sida = resolve({"method": {"name": "sida", "game": {"fake_steps": 3, "adversarial": {"weight": 0.5}}}}).method
+    default = methods.METHODS["sida"]().game
+    adversarial = dataclasses.replace(default.adversarial, weight=0.5)
+    assert sida.game == dataclasses.replace(default, fake_steps=3, adversarial=adversarial)
+    assert resolve({"method": {"name": "sid", "levels": {"rho": 5.0}}}).method.levels == noise.Karras(rho=5.0, stop=0.8)
+    other = resolve({"method": {"name": "sida", "game": {"fake_levels": {"power": 2.0}}}}).method.game
+    assert other == dataclasses.replace(default, fake_levels=noise.Power(power=2.0))
+    assert resolve({"method": {"name": "sid", "game": {"adversarial": {"r1": 1.0}}}}).method.needs_real
+
+
 def test_a_noise_law_is_the_one_whose_keys_are_given() -> None:
     for table, law in (
         ({"stop": 0.8}, noise.Karras(stop=0.8)),
@@ -346,3 +357,24 @@ def test_fuzz(table: dict[str, Any], named: bool) -> None:
     assert tomllib.loads(config.dump_toml(written)).keys() == written.keys()
     again = config.resolve(tomllib.loads(config.dump_toml(written)), methods.METHODS)
     assert repr(config.to_table(again)) == repr(config.to_table(config.resolve(written, methods.METHODS)))  # NaN != NaN
+
+
+@pytest.mark.parametrize(
+    ("levels", "line"),
+    [
+        ({"sigma_mx": 1.0}, "method.levels.sigma_mx: unknown key, perhaps you meant method.levels.sigma_max"),
+        ({"meen": 1.0}, "method.levels.meen: unknown key, perhaps you meant method.levels.mean"),
+        ({"sigma_min": 3.0, "sigma_max": 1.0}, "method.levels.sigma_min: must satisfy 0 < sigma_min < sigma_max"),
+        ({"std": -1.0}, "method.levels.std: must be positive"),
+        ({"power": "two"}, "method.levels.power: input should be a valid number"),
+    ],
+)
+def test_one_of_several_laws_is_chosen_by_its_keys(levels: dict[str, Any], line: str) -> None:
+    assert message({"method": {"name": "diff_instruct", "levels": levels}}).startswith(line)
+
+
+@pytest.mark.parametrize("levels", [{"mean": -2.0, "std": 1.0}, {"sigma_min": 0.1, "sigma_max": 2.0, "power": 1.5}])
+def test_laws_survive_a_file(levels: dict[str, float]) -> None:
+    recipe = resolve({"method": {"name": "diff_instruct", "levels": levels, "game": {"fake_levels": levels}}})
+    assert dataclasses.asdict(recipe.method.levels) == levels
+    assert resolve(tomllib.loads(config.dump_toml(config.to_table(recipe)))) == recipe

@@ -19,7 +19,7 @@ from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (results|ledger|fields):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HIDDEN = ("images", "seeds")
+HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
 def main() -> int:
@@ -43,14 +43,16 @@ def table(name: str) -> str:
         return "*Not measured yet.*\n"
     result = json.loads(path.read_text())
     rows = [{key: value for key, value in row.items() if value is not None} for row in result["summary"]]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
-    seeds = rows[0]["seeds"]
+    hidden = [key for key in HIDDEN if len({row[key] for row in rows}) == 1]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
+    seeds, images = rows[0]["seeds"], rows[0]["images"]
+    facts = {"seeds": f"{seeds} seed{'s' if seeds > 1 else ''}", "images": f"{images:,} images"}
     where = result["machine"]
     commit, torch = f"commit {(result['commit'] or 'unknown')[:9]}", f"torch {result['versions']['torch']}"
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [
-            f"{result['metric']}, {seeds} seed{'s' if seeds > 1 else ''}, {rows[0]['images']:,} images:",
+            f"{', '.join([result['metric'], *(facts[key] for key in ('seeds', 'images') if key in hidden)])}:",
             "",
             line(keys),
             line(["---"] * len(keys)),

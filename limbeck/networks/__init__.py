@@ -14,9 +14,12 @@ from torch import nn
 from limbeck.networks.adm import ADM
 from limbeck.networks.dit import DiT
 from limbeck.networks.mlp import MLP
+from limbeck.networks.perceptron import Perceptron
 from limbeck.networks.songunet import SongUNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "dit": DiT, "songunet": SongUNet, "adm": ADM}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "mlp": MLP, "dit": DiT, "songunet": SongUNet, "adm": ADM, "perceptron": Perceptron,
+}  # fmt: skip
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -49,11 +52,7 @@ def for_samples(name: str, shape: Sequence[int], classes: int, options: Mapping[
     """
     if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"template.network: unknown name {name!r}, expected one of {', '.join(NETWORKS)}")
-    sized: dict[str, Any] = {"shape": list(shape), "classes": classes}
-    if name in ("songunet", "adm"):
-        if len(shape) != 3 or shape[1] != shape[2]:
-            raise ValueError(f"template.network: {name} needs square images (C, H, H), got {tuple(shape)}")
-        sized = {"img_resolution": shape[1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}
+    sized = _sized(name, shape, classes)
     known = [key for key in inspect.signature(NETWORKS[name]).parameters if key not in sized]
     for key in options:
         if key not in known:
@@ -62,3 +61,18 @@ def for_samples(name: str, shape: Sequence[int], classes: int, options: Mapping[
         return NETWORKS[name](**sized, **options)
     except TypeError as error:
         raise ValueError(f"template: {name} cannot be built from {dict(options)}: {error}") from None
+
+
+def like(network: nn.Module, shape: Sequence[int], classes: int) -> nn.Module:
+    """A fresh network of the kind and arguments of `network`, one of `NETWORKS`, for samples of another shape."""
+    given: Any = network
+    return NETWORKS[given.name](**{**given.arguments, **_sized(given.name, shape, classes)})
+
+
+def _sized(name: str, shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """The arguments that say what samples a network reads."""
+    if name not in ("songunet", "adm"):
+        return {"shape": list(shape), "classes": classes}
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(f"template.network: {name} needs square images (C, H, H), got {tuple(shape)}")
+    return {"img_resolution": shape[1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from limbeck import artifact, data, importer
 from limbeck.denoiser import Denoiser
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 
 
 def ring8() -> Mixture:
@@ -28,22 +28,34 @@ def mog40() -> Mixture:
     return Mixture([1.0] * 40, means.tolist(), functional.softplus(torch.ones(())).item())
 
 
+def mixture8() -> Mixture:
+    """Eight equal Gaussians of std 0.5 on a circle of radius 2, each close to its neighbours (arXiv:2406.12538)."""
+    return Mixture([1.0] * 8, ring8().means.tolist(), 0.5)
+
+
+def policy4() -> Policy:
+    """Four equal Gaussians of std 0.3 on a circle of radius 2, turned by the context: c radians, c in [0, 1]."""
+    return Policy(Mixture([1.0] * 4, [[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]], 0.3))
+
+
 def gaussian() -> Gaussian:
     """A Gaussian in the plane of std 0.5, the scale that EDM assumes of data."""
     return Gaussian([0.0, 0.0], 0.5)
 
 
-EXACT: dict[str, Callable[[], Denoiser]] = {"ring8": ring8, "mog40": mog40, "gaussian": gaussian}
+EXACT: dict[str, Callable[[], Denoiser]] = {
+    "ring8": ring8, "mog40": mog40, "gaussian": gaussian, "mixture8": mixture8, "policy4": policy4,
+}  # fmt: skip
 
 
 def load(source: str) -> Denoiser:
     """A teacher, in eval mode.
 
     Args:
-        source: "exact:ring8", "exact:mog40", "exact:gaussian"; "exact:FILE.toml", a mixture with `weights`, `means` and
-            `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher ("digits"); "edm:FILE.pkl", a
-            pickle of EDM, read without running it; or a denoiser's safetensors file or folder, with or without "file:"
-            in front.
+        source: "exact:ring8", "exact:mog40", "exact:mixture8", "exact:policy4", "exact:gaussian"; "exact:FILE.toml", a
+            mixture with `weights`, `means` and `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher
+            ("digits"); "edm:FILE.pkl", a pickle of EDM, read without running it; or a denoiser's safetensors file or
+            folder, with or without "file:" in front.
 
     Raises:
         ValueError: naming what is wrong.
