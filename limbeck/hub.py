@@ -84,7 +84,7 @@ class HubGenerator(Generator, PyTorchModelHubMixin, library_name="limbeck"):
         (save_directory / "README.md").write_text(README.format(shape=self.shape))
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **download: Any) -> HubGenerator:  # type: ignore[override]
+    def _from_pretrained(cls, *, model_id: str, **download: Any) -> HubGenerator:
         path = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")

@@ -1,17 +1,19 @@
-"""One-step generators in forms that other programs open: ONNX, torch.export, diffusers, the Hugging Face Hub, a web page.
+"""One-step generators in forms that other programs open: ONNX, torch.export, diffusers, Hugging Face Hub, web page.
 
 A form is written only after it was opened again and gave PyTorch's samples for the same noise (`check`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from limbeck import artifact
+from limbeck.generator import Generator
 
 Target = Literal["onnx", "torch", "diffusers", "hub", "web"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -43,11 +45,13 @@ class Exported:
     samples: int
 
 
-def export(source: str | Path, to: Target, out: str | Path, runtime: str | Path = "web-runtime") -> Exported:
-    """Export a generator's file.
+def export(
+    source: str | Path | Generator, to: Target, out: str | Path, runtime: str | Path = "web-runtime"
+) -> Exported:
+    """Export a generator.
 
     Args:
-        source: a generator's safetensors file or a run folder.
+        source: its safetensors file, a run folder, or the generator itself, in eval mode.
         to: the form.
         out: the file (.onnx, .pt2) or folder to write; a folder must be new or empty.
         runtime: for "web", the folder that holds onnxruntime-web's three files.
@@ -66,8 +70,7 @@ def export(source: str | Path, to: Target, out: str | Path, runtime: str | Path 
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"to: {to} needs {module}: pip install 'limbeck[{extra}]'")
-    path = artifact.locate(str(source), "generator")
-    generator, card = artifact.load_generator(path), artifact.read_card(path)
+    generator, card = _opened(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to in SUFFIX:
         from limbeck.export import graph
@@ -91,6 +94,19 @@ def export(source: str | Path, to: Target, out: str | Path, runtime: str | Path 
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _exported(out, *checked)
+
+
+def _opened(source: str | Path | Generator) -> tuple[Generator, dict[str, Any]]:
+    """A generator and all that its file says."""
+    if not isinstance(source, Generator):
+        path = artifact.locate(str(source), "generator")
+        return artifact.load_generator(path), artifact.read_card(path)
+    if source.training:
+        raise ValueError("generator: is in training mode; call generator.eval() first")
+    card: dict[str, Any] = {"format": artifact.FORMAT, "kind": "generator"}
+    with contextlib.suppress(ValueError):  # a network that Limbeck cannot rebuild has no card
+        card["card"] = artifact.describe(source)
+    return source, card
 
 
 def _exported(path: Path, difference: float, samples: int) -> Exported:

@@ -6,8 +6,8 @@ sigma_min = 0 and sigma_max = sigma, CMStochasticIterativeScheduler scales, skip
 folder of nothing but the library's own parts.
 
 Which students these are: `OneStep` over a `Preconditioned` denoiser with noise_unit 1, whose network keeps the
-UNet2DModel in an attribute `unet` and calls it as unet(x, 1000 c_noise, label). All others, Limbeck's own networks among
-them, get a folder with `pipeline.py`.
+UNet2DModel in an attribute `unet` and calls it as unet(x, 1000 c_noise, label). All others, Limbeck's own networks
+among them, get a folder with `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from limbeck.denoiser import Preconditioned
-from limbeck.export import pipeline as pipeline_module
 from limbeck.export.check import Probe, compare
 from limbeck.generator import Generator, OneStep
 
@@ -48,13 +47,13 @@ images = pipeline(batch_size=4{label}).images
 Images are {height} x {width} pixels. Made with Limbeck; `limbeck.json` says from what.
 """
 PLAIN = (
-    "diffusers' own ConsistencyModelPipeline with a UNet2DModel and one network call per image. It needs diffusers alone, "
-    "and is made for one step: more would be a mistake."
+    "diffusers' own ConsistencyModelPipeline with a UNet2DModel and one network call per image. It needs diffusers "
+    "alone, and is made for one step: more would be a mistake."
 )
 CUSTOM = (
     "One network call per image, by `pipeline.py` in this folder: it needs `limbeck` installed, and "
-    "`trust_remote_code=True` lets diffusers run that file, 80 lines that you can read first. The weights in `generator/` "
-    "are read by Limbeck and cannot run code; `limbeck.load(\"generator/model.safetensors\")` opens them without it."
+    "`trust_remote_code=True` lets diffusers run that file: read it first, it is short. The weights in `generator/` "
+    'are read by Limbeck and cannot run code; `limbeck.load("generator/model.safetensors")` opens them without it.'
 )
 
 
@@ -107,6 +106,7 @@ def unet_of(generator: Generator) -> Any:
 
 def _write_consistency(generator: Any, unet: Any, folder: Path) -> tuple[float, int]:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
+    from diffusers.utils import logging
 
     scheduler = CMStochasticIterativeScheduler(
         num_train_timesteps=2,
@@ -116,7 +116,11 @@ def _write_consistency(generator: Any, unet: Any, folder: Path) -> tuple[float, 
         clip_denoised=False,
     )
     ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    logging.disable_progress_bar()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    finally:
+        logging.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
 
     def run(probe: Probe) -> Tensor:
@@ -132,20 +136,21 @@ def _write_consistency(generator: Any, unet: Any, folder: Path) -> tuple[float, 
 def _write_custom(generator: Generator, card: Mapping[str, Any], folder: Path) -> tuple[float, int]:
     import diffusers
 
+    from limbeck.export import pipeline as code
     from limbeck.hub import HubGenerator
 
     parts = folder / "generator"
     HubGenerator(generator, _facts(card)).save_pretrained(parts)
     # diffusers looks for the class of a part in a file of the part's folder
-    (parts / "part.py").write_text("from limbeck.hub import HubGenerator\n\n__all__ = [\"HubGenerator\"]\n")
-    shutil.copyfile(str(pipeline_module.__file__), folder / "pipeline.py")
+    (parts / "part.py").write_text('from limbeck.hub import HubGenerator\n\n__all__ = ["HubGenerator"]\n')
+    shutil.copyfile(str(code.__file__), folder / "pipeline.py")
     index = {
-        "_class_name": ["pipeline", pipeline_module.OneStepPipeline.__name__],
+        "_class_name": ["pipeline", code.OneStepPipeline.__name__],
         "_diffusers_version": diffusers.__version__,
         "generator": ["part", HubGenerator.__name__],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
-    pipeline = pipeline_module.OneStepPipeline(HubGenerator.from_pretrained(parts))
+    pipeline: Any = code.OneStepPipeline(HubGenerator.from_pretrained(parts))
 
     def run(probe: Probe) -> Tensor:
         images: Tensor = pipeline(latents=probe.z, class_labels=probe.labels, output_type="pt").images

@@ -32,10 +32,8 @@ def to_program(generator: Generator, dynamic: Any = None) -> ExportedProgram:
         dynamic: what torch.export may assume of the batch; None: nothing.
 
     Raises:
-        ValueError: if the generator is in training mode, or its network branches on the batch size.
+        ValueError: if its network branches on the batch size.
     """
-    if generator.training:
-        raise ValueError("generator: is in training mode; call generator.eval() first")
     shapes = {name: {0: dynamic or Dim("batch")} for name in _inputs(generator)}
     try:
         with _quiet(), torch.no_grad():

@@ -1,4 +1,4 @@
-"""A Limbeck generator as a diffusers pipeline. `limbeck export --to diffusers` puts this file into the folder it writes.
+"""A Limbeck generator as a diffusers pipeline. `limbeck export --to diffusers` puts this file into its folder.
 
 It needs torch, diffusers and limbeck. The weights lie in generator/, in Limbeck's own format, which cannot run code.
 """
@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
+class OneStepPipeline(DiffusionPipeline):
     """Images with one network call.
 
     Args:
@@ -20,6 +20,10 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __init__(self, generator: torch.nn.Module) -> None:
         super().__init__()
         self.register_modules(generator=generator)
+
+    def save_pretrained(self, *arguments: object, **keys: object) -> None:
+        """Refused: diffusers would leave the weights out. Copy the folder, or call generator.save_pretrained."""
+        raise NotImplementedError("copy the folder that this pipeline came from; diffusers cannot store its generator")
 
     @torch.no_grad()
     def __call__(

@@ -1,8 +1,8 @@
 """A folder in which a generator runs in the visitor's browser.
 
-One HTML file that holds its style, its script and a content security policy under which it can reach nothing but its own
-folder; model.onnx; and the three files of onnxruntime-web that run it, copied from a folder that holds exactly the pinned
-version. Any static host can serve it.
+One HTML file that holds its style, its script and a content security policy under which it reaches nothing but its own
+folder; model.onnx; and the three files of onnxruntime-web that run it, copied from a folder that holds exactly the
+pinned version. Any static host can serve it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
-from typing import Any, ClassVar
+from typing import Any
 
 import limbeck
 from limbeck import artifact, methods
@@ -61,7 +61,8 @@ def write_folder(generator: Generator, card: Mapping[str, Any], folder: Path, ru
     checked = graph.write_onnx(generator, card, folder / "model.onnx")
     for name in RUNTIME:
         shutil.copyfile(runtime / name, folder / name)
-    (folder / "index.html").write_text(page(generator, card, (folder / "model.onnx").stat().st_size), encoding="utf-8")
+    text = page(generator, card, (folder / "model.onnx").stat().st_size)
+    (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")  # a card may hold lone surrogates
     return checked
 
 
@@ -112,7 +113,7 @@ def _heading(card: Mapping[str, Any]) -> tuple[str, str]:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    extensions_map: ClassVar[dict[str, str]] = {
+    extensions_map = {  # noqa: RUF012, the base class declares it
         ".html": "text/html; charset=utf-8",
         ".mjs": "text/javascript",
         ".wasm": "application/wasm",
