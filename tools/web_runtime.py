@@ -1,4 +1,4 @@
-"""Fetch the files of onnxruntime-web that run a generator in the browser: `python tools/web_runtime.py DIR`. Needs npm."""
+"""Fetch the files of onnxruntime-web that run a generator in the browser, with npm: web_runtime.py DIR."""
 
 import subprocess
 import sys
