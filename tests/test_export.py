@@ -159,9 +159,15 @@ def test_a_form_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp
     generator, other = MODELS["points"](), shaken(MODELS["points"]())
     with torch.no_grad():
         other.denoiser.network.last.bias += 1e-2
-    monkeypatch.setattr(graph, "to_program", lambda generator: torch.export.export(other, (torch.zeros(2, 2),)))
-    with pytest.raises(ValueError, match=r"torch: .* differ from PyTorch's by 0\.\d+; nothing was written"):
-        export(generator, "torch", tmp_path / "p.pt2")
+    original = graph.to_program
+    frozen = torch.export.export(generator, (torch.zeros(2, 2),))
+    for program, message in (
+        (original(other), r"torch: its samples differ from PyTorch's by 0\.\d+; nothing was written"),
+        (frozen, "torch: cannot run 1 samples"),
+    ):
+        monkeypatch.setattr(graph, "to_program", lambda generator, program=program: program)
+        with pytest.raises(ValueError, match=message):
+            export(generator, "torch", tmp_path / "p.pt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -267,7 +273,7 @@ def test_diffusers_opens_the_folders_offline(
         assert np.abs(images[name] - expected).max() <= TOLERANCE and expected.std() > 0.05, name
 
 
-def test_the_readme_of_a_folder_opens_it(exported: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_of_a_folder_says_how_to_open_it(exported: Callable[[str, str], Path]) -> None:
     folder = exported("digits", "diffusers")
     text = (folder / "README.md").read_text()
     assert "trust_remote_code=True" in text and "needs `limbeck` installed" in text
@@ -280,7 +286,7 @@ def test_a_unet_of_other_conventions_is_refused(tmp_path: Path) -> None:
     other = unet_student(1, 0)
     other.denoiser.noise_unit = 2.0  # type: ignore[assignment]
     assert folders.unet_of(other) is None
-    with pytest.raises(ValueError, match="Preconditioned: cannot be stored in a file"):
+    with pytest.raises(ValueError, match="OneStep: cannot be stored in a file"):
         export(other, "diffusers", tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
@@ -359,6 +365,7 @@ BAD = [
     ("export digits.safetensors --to onnx --out o.pt", "out: must end in .onnx, got o.pt"),
     ("export digits.safetensors --to torch --out o", "out: must end in .pt2, got o"),
     ("export digits.safetensors --to hub --out full", "out: full exists; remove it or give another name"),
+    ("export digits.safetensors --to web --out full/file", "out: full/file exists"),
     ("export digits.safetensors --to onnx --out folder.onnx", "out: folder.onnx exists"),
     ("export --to onnx --out o.onnx", "FILE: expected one, got none"),
     ("export nowhere --to onnx --out o.onnx", "generator: no file 'nowhere'"),

@@ -64,7 +64,8 @@ def export(
     out = Path(out)
     if to in SUFFIX and out.suffix != SUFFIX[to]:
         raise ValueError(f"out: must end in {SUFFIX[to]}, got {out}")
-    if out.is_dir() and (to in SUFFIX or any(out.iterdir())):
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.is_dir() if to in SUFFIX else out.exists() and not empty:
         raise ValueError(f"out: {out} exists; remove it or give another name")
     extra, modules = NEEDS[to]
     for module in modules:

@@ -57,12 +57,16 @@ def compare(
     """Largest difference between seen(generator's samples) and other's, and the number of samples.
 
     Raises:
-        ValueError: if it exceeds `TOLERANCE`.
+        ValueError: if it exceeds `TOLERANCE`, or the other fails.
     """
     largest, count = 0.0, 0
     for probe in probes(generator, unlabelled):
         expected = seen(generator(probe.z, probe.cond))
-        got = other(probe)
+        try:
+            got = other(probe)
+        except Exception as error:  # whatever a foreign runtime raises, the form does not work
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{form}: cannot run {len(probe.z)} samples ({reason}); nothing was written") from error
         if got.shape != expected.shape:
             raise ValueError(f"{form}: gives samples of shape {tuple(got.shape)}, PyTorch {tuple(expected.shape)}")
         difference = float((got - expected).abs().max())
