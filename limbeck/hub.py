@@ -41,6 +41,7 @@ tags:
 Made with Limbeck: samples of shape {shape} from noise with one network call. `config.json` says where it comes from.
 
 ```python
+import torch
 from limbeck.hub import HubGenerator
 
 generator = HubGenerator.from_pretrained("this folder or repository")
@@ -90,5 +91,9 @@ class HubGenerator(Generator, PyTorchModelHubMixin, library_name="limbeck"):
             keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             path = Path(hf_hub_download(model_id, path.name, **{key: download[key] for key in keys}))
         generator = artifact.load(path, "generator")
-        card = artifact.read_card(path)
-        return cls(generator, {key: card[key] for key in card.keys() - {"format", "kind", "card"}}).eval()
+        return cls(generator, facts_of(artifact.read_card(path))).eval()
+
+
+def facts_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file's card says beside the format and the network."""
+    return {key: value for key, value in card.items() if key not in ("format", "kind", "card")}

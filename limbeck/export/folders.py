@@ -27,7 +27,7 @@ from limbeck.generator import Generator, OneStep
 
 OPENING = """---
 library_name: diffusers
-pipeline_tag: {task}
+pipeline_tag: unconditional-image-generation
 tags:
 - one-step-generation
 - diffusion-distillation
@@ -59,9 +59,9 @@ CUSTOM = (
 
 def write_hub(generator: Generator, card: Mapping[str, Any], folder: Path) -> tuple[float, int]:
     """Fill `folder` with the native format; returns what `compare` returns."""
-    from limbeck.hub import HubGenerator
+    from limbeck.hub import HubGenerator, facts_of
 
-    HubGenerator(generator, _facts(card)).save_pretrained(folder)
+    HubGenerator(generator, facts_of(card)).save_pretrained(folder)
     back = HubGenerator.from_pretrained(folder)
     return compare("hub", generator, lambda probe: back(probe.z, probe.cond))
 
@@ -82,7 +82,6 @@ def write_diffusers(generator: Generator, card: Mapping[str, Any], folder: Path)
     _, height, width = generator.shape
     (folder / "README.md").write_text(
         OPENING.format(
-            task="unconditional-image-generation",
             about=CUSTOM if plain is None else PLAIN,
             trust=", trust_remote_code=True" if plain is None else "",
             label=", class_labels=[0, 0, 0, 0]" if generator.classes else "",
@@ -137,10 +136,11 @@ def _write_custom(generator: Generator, card: Mapping[str, Any], folder: Path) -
     import diffusers
 
     from limbeck.export import pipeline as code
-    from limbeck.hub import HubGenerator
+    from limbeck.hub import HubGenerator, facts_of
 
     parts = folder / "generator"
-    HubGenerator(generator, _facts(card)).save_pretrained(parts)
+    HubGenerator(generator, facts_of(card)).save_pretrained(parts)
+    (parts / "README.md").unlink()  # the folder's own is enough
     # diffusers looks for the class of a part in a file of the part's folder
     (parts / "part.py").write_text('from limbeck.hub import HubGenerator\n\n__all__ = ["HubGenerator"]\n')
     shutil.copyfile(str(code.__file__), folder / "pipeline.py")
@@ -162,7 +162,3 @@ def _write_custom(generator: Generator, card: Mapping[str, Any], folder: Path) -
 def _seen(x: Tensor) -> Tensor:
     """Images in [-1, 1] as pipelines give them."""
     return (x / 2 + 0.5).clamp(0, 1)
-
-
-def _facts(card: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in card.items() if key not in ("format", "kind", "card")}
