@@ -648,7 +648,9 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return True
 
     monkeypatch.setattr(webbrowser, "open", visit)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     yield seen
+    signal.signal(signal.SIGINT, before)
 
 
 def test_serve(visited: dict[str, Any], tmp_path: Path) -> None:
