@@ -27,6 +27,10 @@ VERBS = {
         "score runs, generators, teachers and samples side by side",
     ),
     "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
+    "export": (
+        "FILE --to onnx|torch|diffusers|hub|web --out PATH [--runtime DIR] [--serve]",
+        "write a generator in a form that other programs, or a browser, open",
+    ),
     "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
     "import": (
         "FILE --out DIR [--as teacher|generator --sigma-init S]",
@@ -36,7 +40,7 @@ VERBS = {
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
 
-FLAGS = ("json", "unification")
+FLAGS = ("json", "unification", "serve")
 
 
 class Mistake(ValueError):
@@ -198,6 +202,34 @@ class EvaluateOptions:
     against: str | None = None
     out: str | None = None
     size: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `limbeck export`.
+
+    Attributes:
+        to: onnx, torch (a torch.export program), diffusers (a pipeline's folder), hub (a folder for the Hugging Face
+            Hub) or web (a folder with a page on which the generator runs).
+        out: the .onnx or .pt2 file, or a new folder.
+        runtime: for web, the folder that holds onnxruntime-web's three files (`make web-runtime`).
+        serve: for web, serve the folder to this machine's browser afterwards, until Ctrl-C.
+        port: of --serve; 0 takes a free one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    to: Literal["onnx", "torch", "diffusers", "hub", "web"]
+    out: str
+    runtime: str = "web-runtime"
+    serve: bool = False
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if self.serve and self.to != "web":
+            raise ValueError(f"serve: goes with --to web, not --to {self.to}")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port: must lie between 0 and 65535, got {self.port}")
 
 
 @dataclass(frozen=True)
@@ -424,6 +456,23 @@ def _compare(words: list[str], keys: dict[str, Any]) -> None:
     _print_result(compare.compare(Path(_one(words, "GRID.toml")), Path(out), _say), as_json)
 
 
+def _export(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config
+    from limbeck.export import export
+
+    source = _one(words, "FILE")
+    options: ExportOptions = config.validate(ExportOptions, keys)
+    done = export(source, options.to, options.out, options.runtime)
+    _say(
+        f"{done.path}: {done.size / 1e6:.1f} MB, largest difference to PyTorch {done.difference:.1e} "
+        f"over {done.samples} samples"
+    )
+    if options.serve:
+        from limbeck.export.web import serve
+
+        serve(done.path, options.port, _say)
+
+
 def _reference(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, data, features
     from limbeck.evaluate import Reference
@@ -463,7 +512,7 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "reference", "evaluate", "import"):
+    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
@@ -475,6 +524,7 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "compare": _compare,
+    "export": _export,
     "import": _import,
     "reference": _reference,
     "methods": _methods,

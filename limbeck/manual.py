@@ -32,6 +32,7 @@ def _subject(verb: str, method: str | None) -> tuple[Any, Any]:
         return config.Recipe, recipe
     kinds: dict[str, Any] = {
         "sample": cli.SampleOptions,
+        "export": cli.ExportOptions,
         "reference": cli.ReferenceOptions,
         "import": cli.ImportOptions,
         "evaluate": config.Evaluation,
