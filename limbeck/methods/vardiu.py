@@ -18,8 +18,8 @@ switch                 default                                     what else
                                                                    its own mean over the law, which is what `on` does
 ``control_variate``    on: (D - x) / sigma^2, the score plus       off: the score. The code: on with a learned
                        eps / sigma, of mean zero                   teacher, off with an exact one
-``antithetic``         on: each z with eps and -eps, which cancel  off. The code calls the generator for both, a batch
-                       that control variate; one generator call    here counts latents
+``antithetic``         on: each z with eps and -eps, which cancel  off. The code repeats half a batch of latents; here a
+                       that control variate; one generator call    batch counts latents
 ``posterior``          ``diagonal``                                ``full``, and ``flow``, a conditional spline flow
                                                                    of z. The code's flow is no density in z: z goes
                                                                    through a plain network first

@@ -12,12 +12,12 @@ cross-entropy of p_G(k | x) to g_k.
 =====================  ==========================================  ==================================================
 switch                 default                                     what else
 =====================  ==========================================  ==================================================
-``experts``            8                                           the paper's number per task, 4 to 16
+``experts``            8                                           as the paper's toy in the plane
+``width``              perceptrons of 2 x 64                       the code: residual networks of 2 x 64
 ``sigma``              0.02, of a law of standard deviation 0.5    the paper: the smallest level of the teacher
-entropy                of N_k along its samples, parameters        the code: closed form; equal in the mean, and this
-                       constant: no variance at the optimum        has variance there
-responsibilities       of the present parameters                   the code: of a copy, renewed now and then
-gate                   in the experts' turn, on as much data       the code: a step of its own
+entropy                of N_k along its samples, parameters        the code: the entropy as a term; equal in the mean,
+                       constant: no variance at the optimum        and this has variance there
+gate                   EM's cross-entropy, in the experts' turn    the code: the same loss
 =====================  ==========================================  ==================================================
 """
 
