@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from limbeck import networks
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck import networks, schedule
+from limbeck.denoiser import Denoiser, Preconditioned, Rescaled
 from limbeck.files import write_atomically
 from limbeck.generator import Generator, OneStep, Trajectory
 from limbeck.noise import Karras
@@ -91,13 +91,12 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one of Limbeck's, or is newer than this version.
     """
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get("limbeck")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    text = _metadata(path)
     if text is None:
-        raise ValueError(f"{path}: a safetensors file without Limbeck's card in its metadata")
+        raise ValueError(
+            f"{path}: a safetensors file without Limbeck's card in its metadata, and no "
+            f"{Path(path).with_suffix('.json').name} beside it"
+        )
     try:
         card = json.loads(text)
         version, kind = card["format"], card["kind"]
@@ -111,8 +110,25 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     return card
 
 
-def load(path: str | os.PathLike[str], kind: str) -> Any:
+def is_carded(path: str | os.PathLike[str]) -> bool:
+    """Does a safetensors file carry Limbeck's card?"""
+    return _metadata(path) is not None
+
+
+def _metadata(path: str | os.PathLike[str]) -> str | None:
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            text: str | None = (file.metadata() or {}).get("limbeck")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return text
+
+
+def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | None = None) -> Any:
     """Rebuild the module of a file, in float32 and eval mode.
+
+    Args:
+        network: the caller's own class, for a file whose network is none of Limbeck's.
 
     Raises:
         ValueError: if the file is damaged, holds another kind of model, or its weights do not fit its card.
@@ -120,30 +136,41 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    tensors = safetensors.torch.load_file(str(path))
-    with _reading(path, kind), torch.device("meta"):
+    return rebuild(path, kind, card.get("card", {}), safetensors.torch.load_file(str(path)), network)
+
+
+def rebuild(
+    path: str | os.PathLike[str],
+    kind: str,
+    card: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    network: type[nn.Module] | None = None,
+) -> Any:
+    """The module that `card` describes, with the weights `tensors`; arguments and errors as `load`."""
+    with _reading(path, kind), torch.device("meta" if network is None else "cpu"):  # a caller's class may read values
         # a size, or a number of blocks, of which the file cannot hold one byte each
-        if _largest(card["card"]) > max(os.path.getsize(path), 2**16):
+        if _largest(card) > max(os.path.getsize(path), 2**16):
             raise ValueError("it claims a network larger than the file")
-        wanted = _BUILDERS[kind](card["card"]).state_dict()
+        wanted = _BUILDERS[kind](card, network).state_dict()
     _compare(wanted, tensors, path)  # before memory is taken for sizes that a card merely claims
     with _reading(path, kind), torch.random.fork_rng(devices=[]):
-        module = _BUILDERS[kind](card["card"]).eval()
+        module = _BUILDERS[kind](card, network).eval()
         module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
         _try_out(module)
     return module
 
 
-def load_generator(path: str | os.PathLike[str]) -> Generator:
+def load_generator(path: str | os.PathLike[str], network: type[nn.Module] | None = None) -> Generator:
     """A generator, in float32 and eval mode: generator(z, cond) with z ~ N(0, I) of shape (n, *generator.latent_shape).
 
     Args:
         path: a generator's safetensors file, or a run folder.
+        network: the caller's own class, for a generator whose network is none of Limbeck's.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    generator: Generator = load(locate(str(path), "generator"), "generator")
+    generator: Generator = load(locate(str(path), "generator"), "generator", network)
     return generator
 
 
@@ -193,20 +220,26 @@ def _try_out(module: Any) -> None:
         raise ValueError("its output is not finite")
 
 
-def _denoiser(card: Mapping[str, Any]) -> Denoiser:
-    return Preconditioned(
-        networks.build(card["network"], card["arguments"]),
+def _denoiser(card: Mapping[str, Any], own: type[nn.Module] | None) -> Denoiser:
+    network = networks.build(card["network"], card["arguments"], own)
+    facts = (
         tuple(card["shape"]),
         card["classes"],
         card["sigma_data"],
         card["sigma_min"],
         math.inf if card["sigma_max"] is None else card["sigma_max"],
-        card["noise_unit"],
     )
+    match card.get("preconditioning", "edm"):
+        case "edm":
+            return Preconditioned(network, *facts, card["noise_unit"])
+        case "rescaled":
+            return Rescaled(network, schedule.named(card["schedule"]), card["output"], *facts)
+        case other:
+            raise ValueError(f"unknown preconditioning {other!r}")
 
 
-def _generator(card: Mapping[str, Any]) -> Generator:
-    denoiser = _denoiser(card["denoiser"])
+def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generator:
+    denoiser = _denoiser(card["denoiser"], own)
     match card["generator"]:
         case "one_step":
             return OneStep(denoiser, card["sigma"])
@@ -216,7 +249,7 @@ def _generator(card: Mapping[str, Any]) -> Generator:
             raise ValueError(f"unknown generator {other!r}")
 
 
-def _classifier(card: Mapping[str, Any]) -> nn.Module:
+def _classifier(card: Mapping[str, Any], own: type[nn.Module] | None) -> nn.Module:
     from limbeck.features import Classifier  # features loads its networks through this module
 
     if card["network"] != "classifier":

@@ -217,6 +217,16 @@ class ReferenceOptions:
             raise ValueError(f"out: must end in .npz, got {self.out}")
 
 
+def _network(keys: dict[str, Any]) -> Any:
+    """The class that `--network pkg.mod:Class` names, None without it."""
+    target = keys.pop("network", None)
+    if target is None:
+        return None
+    from limbeck import networks
+
+    return networks.named_by_caller(str(target))
+
+
 def _methods(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.methods import TABLE
 
@@ -267,19 +277,21 @@ def _literal(text: Any) -> Any:
 def _distill(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, methods, run
 
+    network = _network(keys)
     table, out, as_json = _recipe(words, keys, "teacher", "pid")
     recipe = config.resolve(table, methods.METHODS, foreign=True)
     _warn(recipe.evaluate.features)
-    _print_result(run.run_distillation(recipe, out, _say), as_json)
+    _print_result(run.run_distillation(recipe, out, _say, network=network), as_json)
 
 
 def _teach(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, run
 
+    network = _network(keys)
     table, out, as_json = _recipe(words, keys, "data", "denoising")
     recipe = config.resolve(table, config.TEACHING)
     _warn(recipe.evaluate.features)
-    _print_result(run.run_teaching(recipe, out, _say), as_json)
+    _print_result(run.run_teaching(recipe, out, _say, network), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -295,14 +307,14 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.files import write_atomically
     from limbeck.pictures import overview, png, to_bytes
 
-    source = _one(words, "FILE")
+    source, network = _one(words, "FILE"), _network(keys)
     if "class" in keys:
         keys["label"] = keys.pop("class")
     try:
         options: SampleOptions = config.validate(SampleOptions, keys)
     except ValueError as error:
         raise Mistake(str(error).replace("label", "class")) from None  # `class` cannot be a field's name in Python
-    model = _model(source)
+    model = _model(source, network)
     sampler, _, shape, classes = summary.sampler_of(model, options.steps)
     drawn = latents(options.seed, range(options.count), shape, classes)
     if options.label is not None:
@@ -330,18 +342,18 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     _say(f"{options.count} samples in {out}")
 
 
-def _model(source: str) -> Any:
+def _model(source: str, network: Any = None) -> Any:
     """A generator's file or run folder, else a teacher."""
     from limbeck import artifact, teachers
 
     path = Path(source)
     if path.is_dir() and (path / "generator.safetensors").is_file():
-        return artifact.load_generator(path)
-    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
-        return artifact.load_generator(path)
+        return artifact.load_generator(path, network)
+    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
+        return artifact.load_generator(path, network)
     if path.is_dir() and not (path / "denoiser.safetensors").is_file():
         raise ValueError(f"{path}: has no finished model yet")
-    return teachers.load(source)
+    return teachers.load(source, network)
 
 
 def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
@@ -352,14 +364,14 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
 
     if not words:
         raise Mistake("FILE: expected at least one, got none")
-    as_json = keys.pop("json", None) == "true"
+    as_json, network = keys.pop("json", None) == "true", _network(keys)
     options: EvaluateOptions = config.validate(
         EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size") if key in keys}
     )
     settings: Evaluation = config.validate(Evaluation, keys)
     out = None if options.out is None else Path(options.out)
     _warn(settings.features)
-    result = contest(words, settings, out, _say, options.against, options.size)
+    result = contest(words, settings, out, _say, options.against, options.size, network)
     if rank_and_world()[0] != 0:
         return
     if as_json:
