@@ -28,6 +28,7 @@ VERBS = {
     ),
     "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
     "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
+    "doctor": ("TEACHER [--out DIR] [--seconds N] [--json]", "look for mistakes in a teacher, without data"),
     "methods": ("", "list the methods"),
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
@@ -37,6 +38,12 @@ FLAGS = ("json",)
 
 class Mistake(ValueError):
     """A user's mistake on the command line."""
+
+
+class Unhealthy(Exception):
+    """The doctor found faults."""
+
+    code = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,6 +201,25 @@ class EvaluateOptions:
     against: str | None = None
     out: str | None = None
     size: int | None = None
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Options of `limbeck doctor`.
+
+    Attributes:
+        out: folder for doctor.json and samples.png.
+        seconds: about the longest that it may take; large networks get fewer samples.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    out: str | None = None
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seconds <= 86400:
+            raise ValueError(f"seconds: must be 1 to 86,400, got {self.seconds:g}")
 
 
 @dataclass(frozen=True)
@@ -405,6 +431,28 @@ def _reference(words: list[str], keys: dict[str, Any]) -> None:
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
 
 
+def _doctor(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, doctor, teachers
+    from limbeck.files import write_atomically
+    from limbeck.pictures import overview, png
+
+    source, network, as_json = _one(words, "TEACHER"), _network(keys), keys.pop("json", None) == "true"
+    options: DoctorOptions = config.validate(DoctorOptions, keys)
+    diagnosis = doctor.examine(teachers.load(source, network), options.seconds)
+    text = json.dumps({"teacher": source, **diagnosis.table()}, indent=1)
+    if options.out is not None:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "doctor.json", text + "\n")
+        x = diagnosis.samples[:64]
+        picture = overview(x, 8, float(x.abs().max()) * 1.05) if len(x) and x.isfinite().all() else None
+        if picture is not None:
+            write_atomically(out / "samples.png", png(picture))
+    print(text if as_json else "\n".join(diagnosis.lines()))
+    if diagnosis.findings:
+        raise Unhealthy(f"{source}: {', '.join(finding.check for finding in diagnosis.findings)}")
+
+
 def _warn(source: str | None) -> None:
     """Say that a feature network is a program, once however many processes there are."""
     from limbeck import features
@@ -432,7 +480,7 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "reference", "evaluate"):
+    if verb in ("distill", "teach", "sample", "reference", "evaluate", "doctor"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
@@ -445,6 +493,7 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "reference": _reference,
+    "doctor": _doctor,
     "methods": _methods,
     "show": _show,
 }

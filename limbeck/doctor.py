@@ -18,6 +18,7 @@ law that is consistent but not the user's, e.g. with permuted colour channels.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -31,7 +32,6 @@ from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser, Output, Preconditioned, Rescaled
 from limbeck.exact import Empirical, Gaussian, Mixture
-from limbeck.files import write_atomically
 from limbeck.noise import Karras
 from limbeck.randomness import stream
 from limbeck.sample import default_levels, heun
@@ -94,6 +94,18 @@ class Diagnosis:
     facts: dict[str, float]
     samples: Tensor
 
+    def lines(self) -> list[str]:
+        """The verdicts, and what they rest on, for people."""
+        told = [f"{finding.check}: {finding.verdict}" for finding in self.findings] or ["healthy"]
+        if self.facts:
+            told.append("own samples: " + ", ".join(f"{name} {value:.4g}" for name, value in self.facts.items()))
+        told += [
+            f"sigma {v.sigma:9.4g}  error / sigma^2 {v.identity:8.3g}  / linear filter {v.linear:8.3g}  "
+            f"cosine {v.tweedie:6.2f}  calibration {v.calibration:6.3f}  {' '.join(v.broken)}".rstrip()
+            for v in self.levels
+        ]
+        return told
+
     def table(self) -> dict[str, Any]:
         """Everything but the samples, as JSON-able values."""
         return {
@@ -130,32 +142,29 @@ class Effort:
         return cls(8, steps=6, levels=6, seconds=0.0)
 
 
-def preflight(teacher: Denoiser, folder: Path, fingerprint: str, tell: Callable[[str], None]) -> None:
-    """The quick form before a distillation: faults are told, and kept in `folder` so that no teacher is asked twice.
+def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[str], None]) -> str | None:
+    """The quick form before a distillation: faults are told as warnings.
 
-    An exact law is right by construction and is not asked.
+    A teacher that `cache` knows by its fingerprint is not examined again, and an exact law, which is right by
+    construction, never is.
+
+    Returns:
+        What `cache` should hold, or None if it stays as it is.
 
     Raises:
         ValueError: if outputs are not finite.
     """
     if isinstance(teacher, Gaussian | Mixture | Empirical):
-        return
-    path = folder / "doctor.json"
-    try:
-        told: dict[str, Any] = json.loads(path.read_text())
-        findings = [(finding["check"], finding["verdict"]) for finding in told["findings"]]
-        known = told["teacher"] == fingerprint
-    except (OSError, ValueError, LookupError, TypeError):
-        known = False
-    if not known:
-        table = examine(teacher).table()
-        write_atomically(path, json.dumps({"teacher": fingerprint, **table}, indent=1) + "\n")
-        findings = [(finding["check"], finding["verdict"]) for finding in table["findings"]]
-    for check, verdict in findings:
-        if check == "finite":
-            raise ValueError(f"teacher: {verdict}")
-        if not known:
-            tell(f"warning: teacher: {check}: {verdict}; see `limbeck doctor`")
+        return None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if json.loads(cache.read_text())["teacher"] == fingerprint:
+            return None
+    table = examine(teacher).table()
+    for finding in table["findings"]:
+        if finding["check"] == "finite":
+            raise ValueError(f"teacher: {finding['verdict']}")
+        tell(f"warning: teacher: {finding['check']}: {finding['verdict']}")
+    return json.dumps({"teacher": fingerprint, **table}, indent=1) + "\n"
 
 
 @torch.no_grad()
@@ -179,7 +188,7 @@ def examine(teacher: Denoiser, seconds: float = 30.0, seed: int = 0) -> Diagnosi
         cure = _cure(teacher, effort, seed)
         finding = Finding("convention", cure) if cure else Finding("finite", "NaN or Inf at every noise level")
         return Diagnosis((finding,), (), {}, torch.zeros(0, *teacher.shape))
-    facts = _facts(samples)
+    facts = {"nfe": 2.0 * effort.steps - 1, **_facts(samples)}
     if _silent(teacher):
         found.append(Finding("untrained", "the network's output is 0 everywhere: untrained weights?"))
     elif any(level.broken for level in levels):
@@ -405,6 +414,9 @@ def _symptom(teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float]
     if good and max(bad) < min(good) and max(bad) < rms:
         line = f"below sigma {min(good):.3g} it is worse than no denoising: trained only on higher levels?"
         return Finding("sigma range", line)
+    if _raw(teacher) is not None and min(level.linear for level in levels) > 0.9:
+        line = "no reading of the network denoises: untrained or random weights, or a convention not known here?"
+        return Finding("untrained", line)
     worst = max(level.identity for level in levels)
     if worst > 3 or not 0.33 < rms / teacher.sigma_data < 3:
         line = (
@@ -573,6 +585,10 @@ def _cure(teacher: Denoiser, effort: Effort, seed: int) -> str | None:
 def _score(reading: Denoiser, effort: Effort, law: Karras, seed: int, scales: Sequence[float]) -> float:
     """How badly the bounds are broken at the worst level: below 1 if they hold; infinite for what learned nothing."""
     try:
+        top = law.sigma_max * torch.randn(effort.samples, *reading.shape, generator=stream(seed, "doctor", "top"))
+        far = reading(top, torch.full((effort.samples,), law.sigma_max), _labels(reading, effort.samples))
+        if not float(far.pow(2).mean().sqrt()) < 10 * max(reading.sigma_data, 1.0):  # noise, not data
+            return math.inf
         samples, levels = _measure(reading, effort, law, seed, scales)
     except (RuntimeError, ValueError, IndexError):  # a network may refuse another time
         return math.inf

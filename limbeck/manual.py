@@ -30,6 +30,7 @@ def _subject(verb: str, method: str | None) -> tuple[Any, Any]:
     kinds: dict[str, Any] = {
         "sample": cli.SampleOptions,
         "reference": cli.ReferenceOptions,
+        "doctor": cli.DoctorOptions,
         "evaluate": config.Evaluation,
     }
     return kinds[verb], tyro.MISSING_NONPROP

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
+from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
@@ -281,10 +281,15 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     _check_folder(out, table)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    opinion = None
+    if recipe.teacher is not None:
+        opinion = doctor.preflight(trainer.teacher, out / "doctor.json", job.identity, tell)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out), _signals() as stop:
         seconds, best = _resume(job, tell)
         write_atomically(out / "recipe.toml", config.dump_toml(table))
+        if opinion is not None:
+            write_atomically(out / "doctor.json", opinion)
         report = _finished(job, table)
         if report is not None:
             tell(f"{out}: finished at step {trainer.step}; see {out / 'report.html'}")
