@@ -41,7 +41,7 @@ from limbeck.source import one_hot
 # Limits on effects, beside the noise of their measurement.
 IDENTITY = 0.25  # how far mean |x_0 - D|^2 may exceed sigma^2 d ...
 LINEAR = 0.1  # ... and that of the best linear filter
-TWEEDIE = 0.15  # largest cosine between the error and the input
+TWEEDIE = 0.12  # largest cosine between the error and the input
 OFFSET = 0.5  # largest share of the error that is one constant
 CALIBRATION = 0.15  # what another level may gain over the right one
 SCALES = (0.6, 1.7)  # the other levels
@@ -127,18 +127,19 @@ class Effort:
 
     @classmethod
     def within(cls, denoiser: Denoiser, seconds: float) -> Effort:
-        """As many samples as the time allows, 8 at least: 64, more of them in few dimensions.
+        """As many samples as the time allows, 8 at least: 64, more and finer ones in few dimensions.
 
         One sample costs 2 steps - 1 calls for itself and 1 + len(SCALES) per level.
         """
+        steps = cls.steps if len(denoiser.shape) == 3 else 2 * cls.steps
         wanted = min(1024, max(64, 8192 // math.prod(denoiser.shape)))
         x, cond = torch.zeros(8, *denoiser.shape), _labels(denoiser, 8)
         began = time.perf_counter()
         denoiser(x, torch.ones(8) * denoiser.unit, cond)
         one = (time.perf_counter() - began) / 8
-        affordable = int(seconds / (one * (2 * cls.steps - 1 + cls.levels * (1 + len(SCALES)))))
+        affordable = int(seconds / (one * (2 * steps - 1 + cls.levels * (1 + len(SCALES)))))
         if affordable >= 16:
-            return cls(min(wanted, affordable), seconds=seconds)
+            return cls(min(wanted, affordable), steps, seconds=seconds)
         return cls(8, steps=6, levels=6, seconds=0.0)
 
 
@@ -295,7 +296,7 @@ def _level(
         "offset": abs(excess(offsets, size, OFFSET, 3)),
     }
     if near:
-        found["tweedie"] = abs(excess(products, norm, TWEEDIE, 3))
+        found["tweedie"] = abs(excess(products, norm, TWEEDIE, 2))
     if scales:
         found["calibration"] = excess(gained, total, CALIBRATION, 3)
     return Level(
@@ -351,6 +352,10 @@ def _law(teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float], sa
 
 
 def _range(teacher: Denoiser, facts: dict[str, float]) -> list[Finding]:
+    deaf = _deaf_above(teacher, facts)
+    if deaf is not None:
+        line = f"above sigma {deaf:.3g} the output does not depend on sigma: trained only on lower levels?"
+        return [Finding("sigma range", line)]
     if teacher.sigma_max < 8 * facts["rms"]:
         line = f"sigma_max {teacher.sigma_max:.3g} is too low for data of scale {facts['rms']:.2g}: noise is not pure"
         return [Finding("sigma range", line)]
@@ -358,6 +363,27 @@ def _range(teacher: Denoiser, facts: dict[str, float]) -> list[Finding]:
         line = f"sigma_min {teacher.sigma_min:.3g} is too high for data that vary by {facts['std']:.2g}: noise is left"
         return [Finding("sigma range", line)]
     return []
+
+
+def _deaf_above(teacher: Denoiser, facts: dict[str, float]) -> float | None:
+    """The level from which on D(y; sigma) is the same function of y, and no constant; None if there is none.
+
+    Of pure noise a true denoiser says less, the higher the level that it is told.
+    """
+    high = default_levels(teacher).sigma_max
+    y = high * torch.randn(16, *teacher.shape, generator=stream(0, "doctor", "deaf"))
+
+    def said(level: float) -> Tensor:
+        return teacher(y, torch.full((len(y),), level), _labels(teacher, len(y)))
+
+    last = said(high)
+    varied = float((last - last.mean(0)).pow(2).mean().sqrt())
+    if not varied > 0.01 * facts["std"]:
+        return None
+    deaf = None
+    while high > facts["rms"] and float((said(high / 1.1) - last).pow(2).mean().sqrt()) < 1e-4 * varied:
+        deaf = high = high / 1.1
+    return deaf
 
 
 def _label_effect(teacher: Denoiser, samples: Tensor, facts: dict[str, float], seed: int) -> list[Finding]:

@@ -210,6 +210,7 @@ def digits(**changes: Any) -> Preconditioned:
         (lambda: Bent(lambda clean, s: clean + 0.05, inner=digits()), "bias", "x +0.0"),
         (lambda: Bent(lambda clean, s: 1.02 * clean, inner=digits()), "gain", "1.0"),
         (lambda: Bent(level=lambda s: s.clamp(min=0.05), inner=digits()), "sigma range", "higher levels"),
+        (lambda: Bent(level=lambda s: s.clamp(max=20), inner=digits()), "sigma range", "lower levels"),
         (lambda: Bent(lambda clean, s: clean / 2 + 0.5, inner=digits()), "convention", "no denoiser"),
         (lambda: digits(sigma_max=5.0), "sigma range", "sigma_max 5 is too low"),
         (lambda: digits(sigma_min=0.3), "sigma range", "sigma_min 0.3 is too high"),
