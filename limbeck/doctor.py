@@ -23,7 +23,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,29 +118,39 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is spent: samples, Heun steps, noise levels, and seconds for other readings."""
+    """How much is spent on one look: samples, Heun steps for each, noise levels, and other levels told at each."""
 
     samples: int
     steps: int = 18
     levels: int = 11
-    seconds: float = 10.0
+    scales: tuple[float, ...] = SCALES
+
+    @property
+    def calls(self) -> int:
+        """Network calls for one sample, at most."""
+        return 2 * self.steps - 1 + self.levels * (1 + len(self.scales))
 
     @classmethod
     def within(cls, denoiser: Denoiser, seconds: float) -> Effort:
-        """As many samples as the time allows, 8 at least: 64, more and finer ones in few dimensions.
-
-        One sample costs 2 steps - 1 calls for itself and 1 + len(SCALES) per level.
-        """
-        steps = cls.steps if len(denoiser.shape) == 3 else 2 * cls.steps
+        """64 samples, more and finer ones in few dimensions; fewer where time allows no more, then coarser ones."""
         wanted = min(1024, max(64, 8192 // math.prod(denoiser.shape)))
-        x, cond = torch.zeros(8, *denoiser.shape), _labels(denoiser, 8)
+        steps = cls.steps if len(denoiser.shape) == 3 else 2 * cls.steps
+        x, level, cond = torch.zeros(8, *denoiser.shape), torch.ones(8) * denoiser.unit, _labels(denoiser, 8)
+        denoiser(x[:1], level[:1], None if cond is None else cond[:1])  # a first call is slow
         began = time.perf_counter()
-        denoiser(x, torch.ones(8) * denoiser.unit, cond)
-        one = (time.perf_counter() - began) / 8
-        affordable = int(seconds / (one * (2 * steps - 1 + cls.levels * (1 + len(SCALES)))))
-        if affordable >= 16:
-            return cls(min(wanted, affordable), steps, seconds=seconds)
-        return cls(8, steps=6, levels=6, seconds=0.0)
+        denoiser(x, level, cond)
+        budget = seconds / max(1e-9, (time.perf_counter() - began) / 8)  # calls for one sample
+        fine, coarse = cls(wanted, steps), cls(16, 8, 5, ())
+        if budget >= 16 * fine.calls:
+            return replace(fine, samples=min(wanted, int(budget / fine.calls)))
+        return replace(coarse, samples=min(16, max(4, int(budget / coarse.calls))))
+
+    def law(self, denoiser: Denoiser) -> Karras:
+        """The denoiser's sampling levels; without their ends, if few steps would be lost there."""
+        law = default_levels(denoiser)
+        if self.steps >= Effort.steps:
+            return law
+        return Karras(max(law.sigma_min, 0.01 * denoiser.unit), min(law.sigma_max, 20 * denoiser.unit), law.rho)
 
 
 def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[str], None]) -> str | None:
@@ -162,7 +172,7 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
             return None
     table = examine(teacher).table()
     for finding in table["findings"]:
-        if finding["check"] == "finite":
+        if finding["check"] == "finite" or not table["levels"]:
             raise ValueError(f"teacher: {finding['verdict']}")
         tell(f"warning: teacher: {finding['check']}: {finding['verdict']}")
     return json.dumps({"teacher": fingerprint, **table}, indent=1) + "\n"
@@ -178,23 +188,24 @@ def examine(teacher: Denoiser, seconds: float = 30.0, seed: int = 0) -> Diagnosi
     """
     teacher = teacher.eval()
     effort = Effort.within(teacher, seconds / 3)
-    law = default_levels(teacher)
+    law = effort.law(teacher)
     top = _largest_finite(teacher, law, seed)
     found: list[Finding] = []
     if top < law.sigma_max:
         found.append(Finding("finite", f"NaN or Inf above sigma {top:.3g}"))
     usable = top > 1.5 * law.sigma_min
     samples, levels = _measure(teacher, effort, Karras(law.sigma_min, top, law.rho), seed) if usable else (None, ())
+    patience = 2 * seconds / 3
     if samples is None or not torch.isfinite(samples).all():
-        cure = _cure(teacher, effort, seed)
+        cure, _ = _cure(teacher, effort, patience, seed)
         finding = Finding("convention", cure) if cure else Finding("finite", "NaN or Inf at every noise level")
         return Diagnosis((finding,), (), {}, torch.zeros(0, *teacher.shape))
     facts = {"nfe": 2.0 * effort.steps - 1, **_facts(samples)}
     if _silent(teacher):
         found.append(Finding("untrained", "the network's output is 0 everywhere: untrained weights?"))
     elif any(level.broken for level in levels):
-        cure = _cure(teacher, effort, seed)
-        found.append(Finding("convention", cure) if cure else _symptom(teacher, levels, facts, samples))
+        cure, complete = _cure(teacher, effort, patience, seed)
+        found.append(Finding("convention", cure) if cure else _symptom(teacher, levels, facts, samples, complete))
     else:
         found += _law(teacher, levels, facts, samples)
     found += _range(teacher, facts) if not found else []
@@ -227,19 +238,17 @@ def _largest_finite(teacher: Denoiser, law: Karras, seed: int) -> float:
     return low
 
 
-def _measure(
-    denoiser: Denoiser, effort: Effort, law: Karras, seed: int, scales: Sequence[float] = SCALES
-) -> tuple[Tensor, tuple[Level, ...]]:
+def _measure(denoiser: Denoiser, effort: Effort, law: Karras, seed: int) -> tuple[Tensor, tuple[Level, ...]]:
     """Own samples (n, *shape), and what they say at every level."""
     n, rng = effort.samples, stream(seed, "doctor", "samples")
     cond = _labels(denoiser, n)
     x0 = heun(denoiser, torch.randn(n, *denoiser.shape, generator=rng), effort.steps, law, cond)
     scale = float(x0.double().pow(2).mean().sqrt())
     mean = x0.mean(0)
-    variance = float((x0 - mean).double().pow(2).mean()) * n / (n - 1)
+    variance = float((x0 - mean).double().pow(2).mean()) * n / (n - 1) + 1e-30
     grid = torch.logspace(math.log10(law.sigma_min), math.log10(law.sigma_max), effort.levels).tolist()
     return x0, tuple(
-        _level(denoiser, x0, mean, variance, sigma, cond, rng, scales, sigma < 3 * scale) for sigma in grid
+        _level(denoiser, x0, mean, variance, sigma, cond, rng, effort.scales, sigma < 3 * scale) for sigma in grid
     )
 
 
@@ -286,13 +295,14 @@ def _level(
     gained = mse - others[best] if others else torch.zeros(n, dtype=torch.float64)
 
     def excess(values: Tensor, unit: float, limit: float, errors: float) -> float:
-        """The mean over its limit, to which so many standard errors of the mean are added."""
+        """The mean over its limit, to which so many standard errors of the mean are added, more if there are few."""
         unit = max(unit, 1e-30)
-        return float(values.mean()) / unit / (limit + errors * float(values.std()) / unit / math.sqrt(len(values)))
+        noise = (1 + 8 / n) * float(values.std()) / unit / math.sqrt(len(values))
+        return float(values.mean()) / unit / (limit + errors * noise)
 
     found = {
         "identity": excess(mse - plain, float(plain.mean()), IDENTITY, 3),
-        "linear": excess(mse - linear, float(linear.mean()), LINEAR, 1),
+        "linear": excess(mse - linear, float(linear.mean()), LINEAR + 1 / n, 1),
         "offset": abs(excess(offsets, size, OFFSET, 3)),
     }
     if near:
@@ -316,7 +326,7 @@ def _facts(samples: Tensor) -> dict[str, float]:
     return {
         "samples": float(len(x)),
         "mean": float(x.mean()),
-        "rms": float(x.pow(2).mean().sqrt()),
+        "rms": float(x.pow(2).mean().sqrt()) + 1e-30,
         "std": float((x - x.mean(0)).pow(2).mean().sqrt()),
         "min": float(x.min()),
         "max": float(x.max()),
@@ -412,8 +422,13 @@ def _silent(teacher: Denoiser) -> bool:
     return not bool(out.abs().max() > 1e-6)
 
 
-def _symptom(teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float], samples: Tensor) -> Finding:
-    """The likely mistake of a teacher that no other reading cures, by which bounds break where."""
+def _symptom(
+    teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float], samples: Tensor, complete: bool
+) -> Finding:
+    """The likely mistake of a teacher that no other reading cures, by which bounds break where.
+
+    `complete`: its network was read in all ways.
+    """
     rms, lowest = facts["rms"], levels[0].sigma
     if "identity" in levels[0].broken and lowest < 0.1 * rms:
         cond = _labels(teacher, len(samples))
@@ -440,7 +455,7 @@ def _symptom(teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float]
     if good and max(bad) < min(good) and max(bad) < rms:
         line = f"below sigma {min(good):.3g} it is worse than no denoising: trained only on higher levels?"
         return Finding("sigma range", line)
-    if _raw(teacher) is not None and min(level.linear for level in levels) > 0.9:
+    if complete and min(level.linear for level in levels) > 0.9:
         line = "no reading of the network denoises: untrained or random weights, or a convention not known here?"
         return Finding("untrained", line)
     worst = max(level.identity for level in levels)
@@ -584,38 +599,37 @@ def _other_families(teacher: Denoiser, network: nn.Module) -> Iterator[Reading]:
             yield line, _rescaled(teacher, _Called(network, at, sign), _VE(), "eps")
 
 
-def _cure(teacher: Denoiser, effort: Effort, seed: int) -> str | None:
-    """The verdict of the reading that passes where the teacher fails; None if there is none."""
-    began = time.perf_counter()
-    quick = Effort(samples=min(16, effort.samples), steps=8, levels=5)
+def _cure(teacher: Denoiser, effort: Effort, seconds: float, seed: int) -> tuple[str | None, bool]:
+    """The verdict of the reading that passes where the teacher fails, if there is one, and whether all were tried."""
+    began, count = time.perf_counter(), 0
+    quick = Effort(min(16, effort.samples), steps=8, levels=5, scales=())
     ranked: list[tuple[float, int, str, Denoiser]] = []
-    for number, (line, reading) in enumerate(_readings(teacher)):
-        if time.perf_counter() - began > 1.5 * effort.seconds:
-            break
-        law = default_levels(reading)  # its ends, where a few steps would be spent to no purpose, are left out
-        middle = Karras(max(law.sigma_min, 0.01 * reading.unit), min(law.sigma_max, 20 * reading.unit))
-        score = _score(reading, quick, middle, seed, ())
+    for count, (line, reading) in enumerate(_readings(teacher), 1):
+        if time.perf_counter() - began > 0.7 * seconds:
+            return None, False
+        score = _score(reading, quick, seed)
         if score < math.inf:
-            ranked.append((score, number, line, reading))
+            ranked.append((score, count, line, reading))
     passed: list[tuple[float, int, str]] = []
     for _, number, line, reading in sorted(ranked, key=lambda entry: entry[:2])[:6]:
-        if time.perf_counter() - began > 2 * effort.seconds:
+        if time.perf_counter() - began > seconds:
             break
-        passed.append((_score(reading, effort, default_levels(reading), seed + 1, SCALES), number, line))
+        passed.append((_score(reading, effort, seed + 1), number, line))
     best = min(passed, default=(math.inf, 0, ""))[0]
     # several may pass, e.g. one for data of half the scale: of equally good ones the likelier
     fits = [(number, line) for score, number, line in passed if score < min(1, 2 * best + 0.1)]
-    return min(fits)[1] if fits else None
+    return (min(fits)[1] if fits else None), count > 0
 
 
-def _score(reading: Denoiser, effort: Effort, law: Karras, seed: int, scales: Sequence[float]) -> float:
+def _score(reading: Denoiser, effort: Effort, seed: int) -> float:
     """How badly the bounds are broken at the worst level: below 1 if they hold; infinite for what learned nothing."""
+    law = effort.law(reading)
     try:
         top = law.sigma_max * torch.randn(effort.samples, *reading.shape, generator=stream(seed, "doctor", "top"))
         far = reading(top, torch.full((effort.samples,), law.sigma_max), _labels(reading, effort.samples))
         if not float(far.pow(2).mean().sqrt()) < 10 * max(reading.sigma_data, 1.0):  # noise, not data
             return math.inf
-        samples, levels = _measure(reading, effort, law, seed, scales)
+        samples, levels = _measure(reading, effort, law, seed)
     except (RuntimeError, ValueError, IndexError):  # a network may refuse another time
         return math.inf
     if not torch.isfinite(samples).all():

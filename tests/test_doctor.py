@@ -317,4 +317,15 @@ def test_a_slow_network_gets_few_samples(monkeypatch: pytest.MonkeyPatch) -> Non
     times = iter((0.0, 8.0))
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(times))
     effort = doctor.Effort.within(LAW, 10.0)
-    assert (effort.samples, effort.steps) == (8, 6)
+    assert (effort.samples, effort.steps, effort.calls) == (4, 8, 20)
+
+
+@pytest.mark.parametrize("name", ["digits", "white images", "EDM", "VP", "VE", "points", "few modes", "one channel"])
+@pytest.mark.parametrize("samples, seed", [(4, 0), (4, 1), (4, 2), (8, 3), (16, 4)])
+def test_a_coarse_look_leaves_good_teachers_in_peace(
+    name: str, samples: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = doctor.Effort(samples, 8, 5, ())
+    monkeypatch.setattr(doctor.Effort, "within", lambda denoiser, seconds: coarse)
+    diagnosis = doctor.examine(GOOD[name](), PATIENCE, seed)
+    assert diagnosis.findings == (), (diagnosis.findings, diagnosis.lines())
