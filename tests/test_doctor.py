@@ -221,6 +221,17 @@ def test_a_trained_network_that_was_broken(teacher: Callable[[], Denoiser], chec
     assert finding.check == check and words in finding.verdict, finding
 
 
+def test_a_level_that_training_hardly_visits_is_no_fault() -> None:
+    """A small network taught on EDM's law is 1.25 times worse than a constant guess at the largest level."""
+
+    def loud(clean: Tensor, sigma: Tensor) -> Tensor:
+        far = expand(sigma / (60 * teacher.unit), clean).clamp(max=1) ** 2
+        return clean + 0.45 * far * teacher.sigma_data * torch.sin(37 * clean + torch.arange(2.0))
+
+    teacher = teachers.load("exact:ring8")
+    assert doctor.examine(Bent(loud, inner=teacher), PATIENCE).findings == ()
+
+
 def test_labels_without_effect() -> None:
     class Deaf(Bent):
         def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
