@@ -189,13 +189,17 @@ def examine(teacher: Denoiser, seconds: float = 30.0, seed: int = 0) -> Diagnosi
     """
     teacher = teacher.eval()
     effort = Effort.within(teacher, seconds / 3)
-    law = effort.law(teacher)
-    top = _largest_finite(teacher, law, seed)
+    law, whole = effort.law(teacher), default_levels(teacher)
+    top = _largest_finite(teacher, whole, seed)
     found: list[Finding] = []
-    if top < law.sigma_max:
+    if top < whole.sigma_max:
         found.append(Finding("finite", f"NaN or Inf above sigma {top:.3g}"))
     usable = top > 1.5 * law.sigma_min
-    samples, levels = _measure(teacher, effort, Karras(law.sigma_min, top, law.rho), seed) if usable else (None, ())
+    samples, levels = (
+        _measure(teacher, effort, Karras(law.sigma_min, min(law.sigma_max, top), law.rho), seed)
+        if usable
+        else (None, ())
+    )
     patience = 2 * seconds / 3
     if samples is None or not torch.isfinite(samples).all():
         cure, _ = _cure(teacher, effort, patience, seed)

@@ -226,10 +226,11 @@ def test_a_level_that_training_hardly_visits_is_no_fault() -> None:
 
     def loud(clean: Tensor, sigma: Tensor) -> Tensor:
         far = expand(sigma / (60 * teacher.unit), clean).clamp(max=1) ** 2
-        return clean + 0.45 * far * teacher.sigma_data * torch.sin(37 * clean + torch.arange(2.0))
+        return clean + 0.9 * far * teacher.sigma_data * torch.sin(37 * clean + torch.arange(2.0))
 
     teacher = teachers.load("exact:ring8")
-    assert doctor.examine(Bent(loud, inner=teacher), PATIENCE).findings == ()
+    diagnosis = doctor.examine(Bent(loud, inner=teacher), PATIENCE)
+    assert diagnosis.findings == () and 1.2 < diagnosis.levels[-1].linear < 1.3
 
 
 def test_labels_without_effect() -> None:
@@ -329,6 +330,13 @@ def test_a_slow_network_gets_few_samples(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(times))
     effort = doctor.Effort.within(LAW, 10.0)
     assert (effort.samples, effort.steps, effort.calls) == (4, 8, 20)
+
+
+@pytest.mark.parametrize("name", ["VP as EDM", "sigma_data 1", "bias 0.05", "up to sigma 10", "NaN above 30"])
+def test_a_coarse_look_names_mistakes_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.Effort, "within", lambda denoiser, seconds: doctor.Effort(6, 8, 5, ()))
+    (finding,) = doctor.examine(BROKEN[name][0](), PATIENCE).findings
+    assert finding.check == BROKEN[name][1]
 
 
 @pytest.mark.parametrize("name", ["digits", "white images", "EDM", "VP", "VE", "points", "few modes", "one channel"])
