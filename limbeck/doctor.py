@@ -19,6 +19,7 @@ law that is consistent but not the user's, e.g. with permuted colour channels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -157,8 +158,7 @@ class Effort:
 def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[str], None]) -> str | None:
     """The quick form before a distillation: faults are told as warnings.
 
-    A teacher that `cache` knows by its fingerprint is not examined again, and an exact law, which is right by
-    construction, never is.
+    A teacher that `cache` knows is not examined again, and an exact law, which is right by construction, never is.
 
     Returns:
         What `cache` should hold, or None if it stays as it is.
@@ -168,15 +168,19 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
     """
     if isinstance(teacher, Gaussian | Mixture | Empirical):
         return None
+    # the weights, and how they are read: a corrected card is another teacher
+    facts = ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output", "schedule")
+    read = [getattr(teacher, name, None) for name in facts]
+    key = hashlib.sha256(f"{fingerprint} {read}".encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        if json.loads(cache.read_text())["teacher"] == fingerprint:
+        if json.loads(cache.read_text())["teacher"] == key:
             return None
     table = examine(teacher).table()
     for finding in table["findings"]:
         if finding["check"] == "finite" or not table["levels"]:
             raise ValueError(f"teacher: {finding['verdict']}")
         tell(f"warning: teacher: {finding['check']}: {finding['verdict']}")
-    return json.dumps({"teacher": fingerprint, **table}, indent=1) + "\n"
+    return json.dumps({"teacher": key, **table}, indent=1) + "\n"
 
 
 @torch.no_grad()

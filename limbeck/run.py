@@ -240,7 +240,9 @@ def _fit_levels(recipe: Recipe, teacher: Denoiser, tell: Tell) -> Recipe:
         ValueError: if levels that are not the default leave that range.
     """
     levels = getattr(recipe.method, "levels", None)
-    if isinstance(levels, Karras) and levels == type(recipe.method)().levels:
+    fields = {field.name: field for field in dataclasses.fields(recipe.method)}
+    default: Any = fields["levels"].default_factory if "levels" in fields else dataclasses.MISSING
+    if isinstance(levels, Karras) and default is not dataclasses.MISSING and levels == default():
         low, high = (
             max(levels.sigma_min, teacher.sigma_min / teacher.unit),
             min(levels.sigma_max, teacher.sigma_max / teacher.unit),

@@ -314,6 +314,10 @@ def test_a_distillation_begins_with_it(tmp_path: Path, tiny: dict[str, Any], mon
     said.clear()
     limbeck.distill(broken, **keys)  # known by its fingerprint
     assert len(asked) == 1 and not any("warning" in line for line in said)
+    told = json.loads((tmp_path / "r" / "doctor.json").read_text())
+    assert not told["healthy"] and told["findings"][0]["check"] == "bias"
+    assert doctor.preflight(broken, tmp_path / "r" / "doctor.json", "other", said.append) is not None
+    asked.pop()
     limbeck.distill("exact:gaussian", **{**keys, "out": tmp_path / "e"})  # right by construction
     assert len(asked) == 1 and not (tmp_path / "e" / "doctor.json").exists()
 
