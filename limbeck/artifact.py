@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from limbeck import networks
-from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
+from limbeck import networks, schedule
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned, Rescaled
 from limbeck.experts import Experts
 from limbeck.files import write_atomically
 from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
@@ -96,13 +96,12 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one of Limbeck's, or is newer than this version.
     """
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get("limbeck")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    text = _metadata(path)
     if text is None:
-        raise ValueError(f"{path}: a safetensors file without Limbeck's card in its metadata")
+        raise ValueError(
+            f"{path}: a safetensors file without Limbeck's card in its metadata, and no "
+            f"{Path(path).with_suffix('.json').name} beside it"
+        )
     try:
         card = json.loads(text)
         version, kind = card["format"], card["kind"]
@@ -116,8 +115,25 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     return card
 
 
-def load(path: str | os.PathLike[str], kind: str) -> Any:
+def is_carded(path: str | os.PathLike[str]) -> bool:
+    """Does a safetensors file carry Limbeck's card?"""
+    return _metadata(path) is not None
+
+
+def _metadata(path: str | os.PathLike[str]) -> str | None:
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            text: str | None = (file.metadata() or {}).get("limbeck")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return text
+
+
+def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | None = None) -> Any:
     """Rebuild the module of a file, in float32 and eval mode.
+
+    Args:
+        network: the caller's own class, for a file whose network is none of Limbeck's.
 
     Raises:
         ValueError: if the file is damaged, holds another kind of model, or its weights do not fit its card.
@@ -125,7 +141,7 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    return rebuild(path, kind, card.get("card"), read_tensors(path))
+    return rebuild(path, kind, card.get("card"), read_tensors(path), network)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -144,35 +160,46 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def rebuild(path: str | os.PathLike[str], kind: str, card: Any, tensors: Mapping[str, Tensor]) -> Any:
+def rebuild(
+    path: str | os.PathLike[str],
+    kind: str,
+    card: Any,
+    tensors: Mapping[str, Tensor],
+    network: type[nn.Module] | None = None,
+) -> Any:
     """The module of a card and of the weights that came with it, in float32 and eval mode.
+
+    Args:
+        network: the caller's own class, for a card whose network is none of Limbeck's.
 
     Raises:
         ValueError: naming the file `path`, if names, shapes or numbers do not fit each other exactly.
     """
-    with _reading(path, kind), torch.device("meta"), _at_most(len(tensors) + 1000):
+    place = torch.device("meta" if network is None else "cpu")  # a caller's class may read values
+    with _reading(path, kind), place, _at_most(len(tensors) + 1000):
         # a size of which the file cannot hold one byte each
         if _largest(card) > max(os.path.getsize(path), 2**16):
             raise ValueError("it claims a network larger than the file")
-        wanted = _BUILDERS[kind](card).state_dict()
+        wanted = _BUILDERS[kind](card, network).state_dict()
     _compare(wanted, tensors, path)  # before memory is taken for sizes that a card merely claims
     with _reading(path, kind), torch.random.fork_rng(devices=[]):
-        module = _BUILDERS[kind](card).eval()
+        module = _BUILDERS[kind](card, network).eval()
         module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
         _try_out(module)
     return module
 
 
-def load_generator(path: str | os.PathLike[str]) -> Generator:
+def load_generator(path: str | os.PathLike[str], network: type[nn.Module] | None = None) -> Generator:
     """A generator, in float32 and eval mode: generator(z, cond) with z ~ N(0, I) of shape (n, *generator.latent_shape).
 
     Args:
         path: a generator's safetensors file, or a run folder.
+        network: the caller's own class, for a generator whose network is none of Limbeck's.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    generator: Generator = load(locate(str(path), "generator"), "generator")
+    generator: Generator = load(locate(str(path), "generator"), "generator", network)
     return generator
 
 
@@ -247,24 +274,27 @@ def _try_out(module: Any) -> None:
         raise ValueError("its output is not finite")
 
 
-def _denoiser(card: Mapping[str, Any]) -> Denoiser:
-    network = networks.build(card["network"], card["arguments"])
-    if (list(card["shape"]), card["classes"]) != networks.takes(network):
+def _denoiser(card: Mapping[str, Any], own: type[nn.Module] | None) -> Denoiser:
+    network = networks.build(card["network"], card["arguments"], own)
+    if networks.takes(network) not in (None, (list(card["shape"]), card["classes"])):
         raise ValueError("its network is for samples of another shape or number of classes")
     sigma_max = math.inf if card["sigma_max"] is None else card["sigma_max"]
     law = (tuple(card["shape"]), card["classes"], card["sigma_data"], card["sigma_min"], sigma_max)
-    form = card.get("preconditioning", "edm")
-    if form == "edm":
-        return Preconditioned(network, *law, card["noise_unit"])
-    return EpsPreconditioned(network, form, *law, card["steps"], card["beta_d"], card["beta_min"])
+    match card.get("preconditioning", "edm"):
+        case "edm":
+            return Preconditioned(network, *law, card["noise_unit"])
+        case "rescaled":
+            return Rescaled(network, schedule.named(card["schedule"]), card["output"], *law)
+        case form:
+            return EpsPreconditioned(network, form, *law, card["steps"], card["beta_d"], card["beta_min"])
 
 
-def _generator(card: Mapping[str, Any]) -> Generator:
+def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generator:
     if card["generator"] == "dirac":
         return Dirac(card["shape"], card["classes"], card["scale"])
     if card["generator"] == "experts":
         return Experts(tuple(card["shape"]), *(card[key] for key in ("classes", "experts", "width", "scale")))
-    denoiser = _denoiser(card["denoiser"])
+    denoiser = _denoiser(card["denoiser"], own)
     match card["generator"]:
         case "one_step":
             return OneStep(denoiser, card["sigma"])
@@ -278,7 +308,7 @@ def _generator(card: Mapping[str, Any]) -> Generator:
             raise ValueError(f"unknown generator {other!r}")
 
 
-def _classifier(card: Mapping[str, Any]) -> nn.Module:
+def _classifier(card: Mapping[str, Any], own: type[nn.Module] | None) -> nn.Module:
     from limbeck.features import Classifier  # features loads its networks through this module
 
     if card["network"] != "classifier":

@@ -36,6 +36,7 @@ VERBS = {
         "FILE --out DIR [--as teacher|generator --sigma-init S]",
         "turn a checkpoint of EDM, SiD, Diff-Instruct or PID into a file of Limbeck's, without running it",
     ),
+    "doctor": ("TEACHER [--out DIR] [--seconds N] [--json]", "look for mistakes in a teacher, without data"),
     "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
@@ -45,6 +46,12 @@ FLAGS = ("json", "unification", "serve")
 
 class Mistake(ValueError):
     """A user's mistake on the command line."""
+
+
+class Unhealthy(Exception):
+    """The doctor found faults."""
+
+    code = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,6 +240,25 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class DoctorOptions:
+    """Options of `limbeck doctor`.
+
+    Attributes:
+        out: folder for doctor.json and samples.png.
+        seconds: about the longest that it may take; large networks get fewer samples.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    out: str | None = None
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seconds <= 86400:
+            raise ValueError(f"seconds: must be 1 to 86,400, got {self.seconds:g}")
+
+
+@dataclass(frozen=True)
 class ReferenceOptions:
     """Options of `limbeck reference`.
 
@@ -284,6 +310,16 @@ def _import(words: list[str], keys: dict[str, Any]) -> None:
     path = Path(_one(words, "FILE"))
     target = importer.convert(path, Path(options.out), options.role, options.sigma_init, options.preconditioning)
     _say(f"{path}: {target.stem} in {target}; nothing of the file was run. {importer.LICENCE}")
+
+
+def _network(keys: dict[str, Any]) -> Any:
+    """The class that `--network pkg.mod:Class` names, None without it."""
+    target = keys.pop("network", None)
+    if target is None:
+        return None
+    from limbeck import networks
+
+    return networks.named_by_caller(str(target))
 
 
 def _methods(words: list[str], keys: dict[str, Any]) -> None:
@@ -342,19 +378,21 @@ def _literal(text: Any) -> Any:
 def _distill(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, methods, run
 
+    network = _network(keys)
     table, out, as_json = _recipe(words, keys, "teacher", "pid")
     recipe = config.resolve(table, methods.METHODS, foreign=True)
     _warn(recipe.evaluate.features)
-    _print_result(run.run_distillation(recipe, out, _say), as_json)
+    _print_result(run.run_distillation(recipe, out, _say, network=network), as_json)
 
 
 def _teach(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, run
 
+    network = _network(keys)
     table, out, as_json = _recipe(words, keys, "data", "denoising")
     recipe = config.resolve(table, config.TEACHING)
     _warn(recipe.evaluate.features)
-    _print_result(run.run_teaching(recipe, out, _say), as_json)
+    _print_result(run.run_teaching(recipe, out, _say, network), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -370,14 +408,14 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.files import write_atomically
     from limbeck.pictures import overview, png, to_bytes
 
-    source = _one(words, "FILE")
+    source, network = _one(words, "FILE"), _network(keys)
     if "class" in keys:
         keys["label"] = keys.pop("class")
     try:
         options: SampleOptions = config.validate(SampleOptions, keys)
     except ValueError as error:
         raise Mistake(str(error).replace("label", "class")) from None  # `class` cannot be a field's name in Python
-    model = _model(source)
+    model = _model(source, network)
     sampler, _, shape, classes = summary.sampler_of(model, options.steps)
     drawn = latents(options.seed, range(options.count), shape, classes)
     if options.label is not None:
@@ -405,18 +443,18 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     _say(f"{options.count} samples in {out}")
 
 
-def _model(source: str) -> Any:
+def _model(source: str, network: Any = None) -> Any:
     """A generator's file or run folder, else a teacher."""
     from limbeck import artifact, teachers
 
     path = Path(source)
     if path.is_dir() and (path / "generator.safetensors").is_file():
-        return artifact.load_generator(path)
-    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
-        return artifact.load_generator(path)
+        return artifact.load_generator(path, network)
+    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
+        return artifact.load_generator(path, network)
     if path.is_dir() and not (path / "denoiser.safetensors").is_file():
         raise ValueError(f"{path}: has no finished model yet")
-    return teachers.load(source)
+    return teachers.load(source, network)
 
 
 def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
@@ -427,14 +465,14 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
 
     if not words:
         raise Mistake("FILE: expected at least one, got none")
-    as_json = keys.pop("json", None) == "true"
+    as_json, network = keys.pop("json", None) == "true", _network(keys)
     options: EvaluateOptions = config.validate(
         EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size") if key in keys}
     )
     settings: Evaluation = config.validate(Evaluation, keys)
     out = None if options.out is None else Path(options.out)
     _warn(settings.features)
-    result = contest(words, settings, out, _say, options.against, options.size)
+    result = contest(words, settings, out, _say, options.against, options.size, network)
     if rank_and_world()[0] != 0:
         return
     if as_json:
@@ -485,6 +523,28 @@ def _reference(words: list[str], keys: dict[str, Any]) -> None:
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
 
 
+def _doctor(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, doctor, teachers
+    from limbeck.files import write_atomically
+    from limbeck.pictures import overview, png
+
+    source, network, as_json = _one(words, "TEACHER"), _network(keys), keys.pop("json", None) == "true"
+    options: DoctorOptions = config.validate(DoctorOptions, keys)
+    diagnosis = doctor.examine(teachers.load(source, network), options.seconds)
+    text = json.dumps({"teacher": source, **diagnosis.table()}, indent=1)
+    if options.out is not None:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "doctor.json", text + "\n")
+        x = diagnosis.samples[:64]
+        picture = overview(x, 8, float(x.abs().max()) * 1.05) if len(x) and x.isfinite().all() else None
+        if picture is not None:
+            write_atomically(out / "samples.png", png(picture))
+    print(text if as_json else "\n".join(diagnosis.lines()))
+    if diagnosis.findings:
+        raise Unhealthy(f"{source}: {', '.join(finding.check for finding in diagnosis.findings)}")
+
+
 def _warn(source: str | None) -> None:
     """Say that a feature network is a program, once however many processes there are."""
     from limbeck import features
@@ -512,7 +572,7 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import"):
+    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import", "doctor"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
@@ -527,6 +587,7 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "export": _export,
     "import": _import,
     "reference": _reference,
+    "doctor": _doctor,
     "methods": _methods,
     "show": _show,
 }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck.schedule import Schedule
+from limbeck.schedule import Schedule, described
 
 Output = Literal["eps", "v", "x0", "flow"]
 Form = Literal["vp", "ve", "iddpm"]
@@ -309,6 +309,22 @@ class Rescaled(Denoiser):
                 return (a * x - s * out) / (a + s)
             case _:
                 return out
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        model: Any = self.model
+        return {
+            "preconditioning": "rescaled",
+            "network": model.name,
+            "arguments": model.arguments,
+            "schedule": described(self.schedule),
+            "output": self.output,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+        }
 
 
 class Guided(Denoiser):

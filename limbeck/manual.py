@@ -35,6 +35,7 @@ def _subject(verb: str, method: str | None) -> tuple[Any, Any]:
         "export": cli.ExportOptions,
         "reference": cli.ReferenceOptions,
         "import": cli.ImportOptions,
+        "doctor": cli.DoctorOptions,
         "evaluate": config.Evaluation,
     }
     return kinds[verb], tyro.MISSING_NONPROP

@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
+from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
 from limbeck.config import Every, Recipe
 from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
@@ -35,6 +35,7 @@ from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.files import write_atomically
 from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
+from limbeck.noise import Karras
 from limbeck.objective import Pairs
 from limbeck.pictures import overview, png
 from limbeck.randomness import seed_of
@@ -68,6 +69,7 @@ class Job:
     product: str  # kind of the file that the run makes
     judge: Judge | None
     prepare: Preparation | None = None  # what has to be made before the first step, in a folder that is ours
+    network: type[nn.Module] | None = None  # the caller's own class
     held_out: data.Data | None = None  # what a classifier is scored on
 
     @property
@@ -77,7 +79,13 @@ class Job:
 
 
 def distill(
-    teacher: str | Denoiser, method: Any = "pid", *, out: str | Path, tell: Tell = print, **keys: Any
+    teacher: str | Denoiser,
+    method: Any = "pid",
+    *,
+    out: str | Path,
+    tell: Tell = print,
+    network: type[nn.Module] | None = None,
+    **keys: Any,
 ) -> dict[str, Any]:
     """Distil `teacher` into a one-step generator, in the run folder `out`.
 
@@ -86,6 +94,7 @@ def distill(
         method: a method's name, {"name": ..., fields}, or an objective.
         out: run folder; an existing one is continued.
         tell: receives progress, a line at a time.
+        network: the caller's own network class, for a teacher's file whose network is none of Limbeck's.
         keys: recipe keys, e.g. steps=300, optimizer={"generator": {"lr": 1e-4}}, **{"every.save": 100}.
 
     Returns:
@@ -99,19 +108,26 @@ def distill(
     named = teacher if isinstance(teacher, str) else _class_of(teacher)
     table = _table({"teacher": named, "method": method}, keys)
     recipe = config.resolve(table, methods.METHODS, foreign=True)
-    return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher)
+    return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher, network)
 
 
-def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | None = None) -> dict[str, Any]:
+def run_distillation(
+    recipe: Recipe,
+    out: Path,
+    tell: Tell,
+    teacher: Denoiser | None = None,
+    network: type[nn.Module] | None = None,
+) -> dict[str, Any]:
     """`distill` for a resolved recipe; `teacher` replaces the one that the recipe names."""
     if recipe.data is not None:
         raise ValueError("data: belongs to `limbeck teach`; a distillation has a teacher")
     if recipe.teacher is None:
         raise ValueError("teacher: is missing")
-    teacher = teachers.load(recipe.teacher) if teacher is None else teacher
-    _check_levels(recipe, teacher)
-    template = student_template(recipe, teacher)
-    judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
+    name = recipe.teacher
+    teacher = teachers.load(name, network) if teacher is None else teacher
+    recipe = _fit_levels(recipe, teacher, tell)
+    template = student_template(recipe, teacher, network)
+    judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
     trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
@@ -121,7 +137,7 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     )  # fmt: skip
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, noise, provider)
-    job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare)
+    job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network)
     return _run(job, tell)
 
 
@@ -219,14 +235,21 @@ class Preparation:
 
 
 def teach(
-    source: str, method: Any = "denoising", *, out: str | Path, tell: Tell = print, **keys: Any
+    source: str,
+    method: Any = "denoising",
+    *,
+    out: str | Path,
+    tell: Tell = print,
+    network: type[nn.Module] | None = None,
+    **keys: Any,
 ) -> dict[str, Any]:
     """Train a teacher (method "denoising") or a feature network ("classification") on data, in the run folder `out`.
 
-    Arguments, result and errors as `distill`; `source` is a data set (see `data.load`).
+    Arguments, result and errors as `distill`; `source` is a data set (see `data.load`), `network` a class for the
+    denoiser, built with the keys `template`.
     """
     table = _table({"data": source, "method": method}, keys)
-    return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell)
+    return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell, network)
 
 
 def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +261,7 @@ def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
+def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module] | None = None) -> dict[str, Any]:
     """`teach` for a resolved recipe."""
     if recipe.teacher is not None:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
@@ -250,7 +273,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser
     plain = Denoiser(samples.shape, samples.classes, samples.sigma_data)
     denoising = recipe.method.product == "denoiser"
-    template = student_template(recipe, plain) if denoising else plain
+    template = student_template(recipe, plain, network) if denoising else plain
     judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size) if denoising else None
     trainer = _trainer(recipe, plain, template)
     noise = NoiseSource(
@@ -260,24 +283,61 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     )  # fmt: skip
     train, held_out = (samples, None) if denoising else samples.split()
     source = DataSource(noise, train.x, train.y)
-    job = Job(recipe, out, trainer, source, samples.fingerprint(), recipe.method.product, judge, held_out=held_out)
+    identity, product = samples.fingerprint(), recipe.method.product
+    job = Job(recipe, out, trainer, source, identity, product, judge, network=network, held_out=held_out)
     return _run(job, tell)
 
 
-def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
-    """The denoiser of which players are copies: the recipe's network, the teacher's own, or one for the shape."""
+def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | None = None) -> Denoiser:
+    """The denoiser of which players are copies: the recipe's network, the teacher's own, the caller's class `own`, or
+    one for the shape.
+
+    A UNet2D asked for by name and without arguments is the teacher's, if it has one: its weights, in EDM's
+    preconditioning and the times of diffusers' consistency models.
+    """
     options = dict(recipe.template)
     name = options.pop("network", None)
-    if name is None and not options and isinstance(teacher, Preconditioned | EpsPreconditioned):
+    inner: Any = getattr(teacher, "model", None)  # of a Rescaled
+    built = isinstance(teacher, Preconditioned | EpsPreconditioned) or hasattr(inner, "arguments")
+    if name is None and not options and built:
         return teacher
+    facts = (teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max)
+    if name == "unet2d" and not options and isinstance(inner, networks.UNet2D):
+        network: nn.Module = networks.UNet2D(inner.arguments["config"])
+        network.load_state_dict(inner.state_dict())
+        return Preconditioned(network, *facts, noise_unit=1.0)
     if name is None:
         name = "mlp" if len(teacher.shape) < 3 or max(teacher.shape[1:]) <= 8 else "dit"
+        name = name if own is None else networks.OWN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = networks.for_samples(name, teacher.shape, teacher.classes, options)
-    return Preconditioned(
-        network, teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max
-    )
+        if name == networks.OWN:
+            network = networks.build(name, options, own)
+        else:
+            network = networks.for_samples(name, teacher.shape, teacher.classes, options)
+    return Preconditioned(network, *facts, noise_unit=1.0 if name == "unet2d" else None)
+
+
+def _fit_levels(recipe: Recipe, teacher: Denoiser, tell: Tell) -> Recipe:
+    """The recipe with the method's default levels cut to the teacher's range.
+
+    Raises:
+        ValueError: if levels that are not the default leave that range.
+    """
+    levels = getattr(recipe.method, "levels", None)
+    fields = {field.name: field for field in dataclasses.fields(recipe.method)}
+    default: Any = fields["levels"].default_factory if "levels" in fields else dataclasses.MISSING
+    if isinstance(levels, Karras) and default is not dataclasses.MISSING and levels == default():
+        low, high = (
+            max(levels.sigma_min, teacher.sigma_min / teacher.unit),
+            min(levels.sigma_max, teacher.sigma_max / teacher.unit),
+        )
+        if (low, high) != (levels.sigma_min, levels.sigma_max):
+            tell(f"method.levels: cut to the teacher's range, {low:g} to {high:g}")
+            cut = dataclasses.replace(levels, sigma_min=low, sigma_max=high)
+            recipe = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, levels=cut))
+    _check_levels(recipe, teacher)
+    return recipe
 
 
 def direct_generator(recipe: Recipe, teacher: Denoiser) -> Direct | None:
@@ -330,10 +390,15 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     _check_folder(out, table)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    opinion = None
+    if recipe.teacher is not None:
+        opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out), _signals() as stop:
         seconds, best = _resume(job, tell)
         write_atomically(out / "recipe.toml", config.dump_toml(table))
+        if opinion is not None:
+            write_atomically(out / "doctor.json", opinion)
         report = _finished(job, table)
         if report is not None:
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")

@@ -163,7 +163,7 @@ def compare(job: Job, model: nn.Module, best: Best | None) -> dict[str, Any]:
     settings = job.recipe.evaluate
     told: dict[str, Any] = {"student": dataclasses.asdict(_scores(job, model))}
     if best is not None and best.step < job.trainer.step:
-        chosen = artifact.load(job.best_file, job.product)
+        chosen = artifact.load(job.best_file, job.product, job.network)
         told["best"] = {**dataclasses.asdict(best), **dataclasses.asdict(_scores(job, chosen))}
     if job.recipe.teacher is not None:
         told["teacher_scores"] = dataclasses.asdict(_scores(job, job.trainer.teacher))

@@ -333,8 +333,8 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path, monkeypatch: 
     write(path, module, changed(card_of(module), "card.denoiser.arguments.width", 60_000))
     real, built = networks.build, []
 
-    def build(name: str, arguments: dict[str, Any]) -> nn.Module:
-        network = real(name, arguments)
+    def build(name: str, arguments: dict[str, Any], own: type[nn.Module] | None = None) -> nn.Module:
+        network = real(name, arguments, own)
         built.append({p.device.type for p in network.parameters()})
         return network
 

@@ -176,7 +176,7 @@ BAD: list[tuple[str, str]] = [
     ("distill plain.safetensors --out o", "plain.safetensors: a safetensors file without Limbeck's card"),
     ("distill half.safetensors --out o", "half.safetensors: not a readable safetensors file"),
     ("distill student.safetensors --out o", "student.safetensors: holds a generator, expected a denoiser"),
-    ("distill low.safetensors --out o", "method.levels.sigma_max: 80 is level 80 of this data, outside"),
+    ("distill low.safetensors --out o --method.levels.sigma_max 70", "method.levels.sigma_max: 70 is level 70 of this"),
     ("distill exact:no-means.toml --out o", "no-means.toml: means is missing"),
     ("distill exact:more.toml --out o", "more.toml: colour is not a key"),
     ("distill exact:stds.toml --out o", "stds.toml: weights: 2 means need 2 weights and 2 stds"),

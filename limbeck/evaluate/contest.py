@@ -73,29 +73,31 @@ class Contestant:
         return tuple(source.shape)
 
 
-def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
+def contestant(source: str, steps: int, size: int | None = None, network: type[nn.Module] | None = None) -> Contestant:
     """The contestant named `source`: the folder of a run or an imported model, a model's file, a teacher ("digits";
-    "digits@9" takes 9 Heun steps), an .npz file of samples or a folder of pictures.
+    "digits@9" takes 9 Heun steps), an .npz file of samples or a folder of pictures. `network` is the caller's own
+    class, for files that need one.
 
     Raises:
         ValueError: naming what is wrong.
     """
     name, at, number = source.rpartition("@")
     if at and number.isdigit() and int(number) >= 2:
-        return Contestant(source, teachers.load(name), None, int(number))
+        return Contestant(source, teachers.load(name, network), None, int(number))
     path = Path(source)
     if path.is_dir():
         run = path if (path / "recipe.toml").is_file() else None  # without one the model was imported
         for kind in ("generator", "denoiser"):
             if (path / f"{kind}.safetensors").is_file():
-                return Contestant(source, artifact.load(path / f"{kind}.safetensors", kind), None, steps, run)
+                model = artifact.load(path / f"{kind}.safetensors", kind, network)
+                return Contestant(source, model, None, steps, run)
         if run is not None:
             raise ValueError(f"{path}: has no finished model yet")
     if path.is_dir() or path.suffix == ".npz":
         return Contestant(source, None, data.load(source, size), steps)
-    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
-        return Contestant(source, artifact.load_generator(path), None, steps)
-    return Contestant(source, teachers.load(source), None, steps)
+    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
+        return Contestant(source, artifact.load_generator(path, network), None, steps)
+    return Contestant(source, teachers.load(source, network), None, steps)
 
 
 def law_of(source: str) -> str:
@@ -109,7 +111,7 @@ def _recipe_of(source: str) -> dict[str, Any]:
     path = Path(_model_of(source))
     if (path / "recipe.toml").is_file():
         return config.read_toml(path / "recipe.toml")
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix == ".safetensors" and artifact.is_carded(path):
         return dict(artifact.read_card(path).get("recipe", {}))
     return {}
 
@@ -139,13 +141,14 @@ def contest(
     tell: Callable[[str], None],
     against: str | None = None,
     size: int | None = None,
+    network: type[nn.Module] | None = None,
 ) -> dict[str, Any]:
     """Score `sources` side by side; with `out`, store the scores there and write contest.json and contest.html.
 
     Raises:
         ValueError: for a contestant that cannot be read or does not fit the reference, before anything is scored.
     """
-    contestants = [contestant(source, settings.teacher_steps, size) for source in sources]
+    contestants = [contestant(source, settings.teacher_steps, size, network) for source in sources]
     law = against or law_of(sources[0])
     judge = judge_of(law, settings, size)
     for who in contestants:

@@ -100,7 +100,9 @@ def unet_of(generator: Generator) -> Any:
     if not isinstance(generator, OneStep) or not isinstance(generator.denoiser, Preconditioned):
         return None
     unet = getattr(generator.denoiser.network, "unet", None)
-    return unet if isinstance(unet, UNet2DModel) and generator.denoiser.noise_unit == 1 else None
+    times = getattr(generator.denoiser.network, "time_scale", 1000.0)  # of limbeck.networks.UNet2D
+    plain = generator.denoiser.noise_unit == 1 and times == 1000
+    return unet if isinstance(unet, UNet2DModel) and plain else None
 
 
 def _write_consistency(generator: Any, unet: Any, folder: Path) -> tuple[float, int]:
