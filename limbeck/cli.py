@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 VERBS = {
     "distill": ("SOURCE --out DIR [--method NAME] [--KEY VALUE ...]", "distil a teacher into a one-step generator"),
@@ -28,11 +28,15 @@ VERBS = {
     ),
     "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
     "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
-    "methods": ("", "list the methods"),
+    "import": (
+        "FILE --out DIR [--as teacher|generator --sigma-init S]",
+        "turn a checkpoint of EDM, SiD, Diff-Instruct or PID into a file of Limbeck's, without running it",
+    ),
+    "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
 
-FLAGS = ("json",)
+FLAGS = ("json", "unification")
 
 
 class Mistake(ValueError):
@@ -217,12 +221,51 @@ class ReferenceOptions:
             raise ValueError(f"out: must end in .npz, got {self.out}")
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of `limbeck import`.
+
+    Attributes:
+        out: the folder to write.
+        role: teacher or generator (--as), where the file does not say it.
+        sigma_init: noise level of a one-step generator; by default SiD trains at 2.5, Diff-Instruct at 1.0.
+        preconditioning: edm, vp or ve, for bare weights that are no PID student.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    out: str
+    role: Literal["teacher", "generator"] | None = None
+    sigma_init: float | None = None
+    preconditioning: Literal["edm", "vp", "ve"] | None = None
+
+
+def _import(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, importer
+
+    if "as" in keys:
+        keys["role"] = keys.pop("as")
+    try:
+        options: ImportOptions = config.validate(ImportOptions, keys)
+    except ValueError as error:
+        raise Mistake(str(error).replace("role", "as")) from None  # `as` cannot be a field's name in Python
+    path = Path(_one(words, "FILE"))
+    target = importer.convert(path, Path(options.out), options.role, options.sigma_init, options.preconditioning)
+    _say(f"{path}: {target.stem} in {target}; nothing of the file was run. {importer.LICENCE}")
+
+
 def _methods(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.methods import TABLE
 
+    unified = keys.pop("unification", None) == "true"
     _known(keys, ())
     if words:
         raise Mistake(f"{words[0]}: `limbeck methods` takes no argument")
+    if unified:
+        from limbeck import unification
+
+        print("\n".join(unification.table()))
+        return
     for name, entry in TABLE.items():
         print(f"{name:15} {entry.title} ({entry.paper})")
 
@@ -420,7 +463,7 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "reference", "evaluate"):
+    if verb in ("distill", "teach", "sample", "reference", "evaluate", "import"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
@@ -432,6 +475,7 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "compare": _compare,
+    "import": _import,
     "reference": _reference,
     "methods": _methods,
     "show": _show,

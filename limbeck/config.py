@@ -12,7 +12,6 @@ import difflib
 import math
 import reprlib
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +20,9 @@ from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from limbeck import methods, teaching
+from limbeck import methods, noise, teaching
 from limbeck.ema import Average
 from limbeck.optimizer import Optimizer
 
@@ -131,6 +131,8 @@ class Recipe:
         optimizer: settings by player, over the method's defaults.
         ema: moving average of the weights that are exported.
         real: real samples, for methods with a critic.
+        warm_start: steps in which a student network that is not the teacher's own first learns to imitate it, for
+            methods whose players start as the teacher; 0 = random weights.
         clip: largest gradient norm.
         threads: CPU threads; results are bit-equal only at equal threads.
         keep: checkpoints kept.
@@ -152,6 +154,7 @@ class Recipe:
     optimizer: dict[str, Optimizer] = field(default_factory=dict)
     ema: Average = field(default_factory=Average)
     real: Real = field(default_factory=Real)
+    warm_start: int = 2000
     clip: float | None = None
     threads: int | None = None
     keep: int = 2
@@ -164,6 +167,7 @@ class Recipe:
             ("batch", 1),
             ("micro_batches", 1),
             ("seed", 0),
+            ("warm_start", 0),
             ("threads", 1),
             ("keep", 1),
             ("size", 1),
@@ -297,17 +301,10 @@ def validate(cls: type, table: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _line(error: ValidationError, cls: type, prefix: str) -> str:
-    errors = error.errors()
-    path, holders = _walk(cls, errors[0]["loc"])
-    if len(path) < len(errors[0]["loc"]):
-        # one of several laws: what is wrong with the one whose keys these are, rather than the keys of another
-        errors.sort(key=lambda e: e["type"] == "unexpected_keyword_argument")
-        path, _ = _walk(cls, errors[0]["loc"])
-    first = errors[0]
+    first, path = _first(error.errors())
     dotted = ".".join([prefix, *path] if prefix else path)
     if first["type"] == "unexpected_keyword_argument":
-        known = [f.name for holder in holders for f in dataclasses.fields(holder)]
-        return f"{dotted}: unknown key{_nearest(path[-1], known, dotted[: -len(path[-1])])}"
+        return f"{dotted}: unknown key{_nearest(path[-1], _fields_at(cls, path[:-1]), dotted[: -len(path[-1])])}"
     if first["type"] == "value_error":  # from a __post_init__, whose message begins with the field's name
         return (f"{dotted}." if dotted else "") + str(first["ctx"]["error"])
     if first["type"] == "missing":
@@ -316,24 +313,30 @@ def _line(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given}"
 
 
-def _walk(cls: Any, loc: Iterable[int | str]) -> tuple[list[str], list[Any]]:
-    """Our dotted path in pydantic's location of an error, and the dataclasses that may hold its last key.
+def _first(errors: list[ErrorDetails]) -> tuple[ErrorDetails, list[str]]:
+    """The error to tell, and its path in keys of ours.
 
-    Pydantic adds the name of a union's member to the path; keys of ours are plain. What is no field is a player's name,
-    whose settings are an `Optimizer`.
+    Where a field may be one of several dataclasses (a noise law), pydantic tells what each of them objects to, with its
+    name in the path; the one that knows the keys is told.
     """
-    path: list[str] = []
-    holders: tuple[Any, ...] = (cls,)
-    for part in map(str, loc):
-        if typing.get_origin(cls) is types.UnionType and part in (names := [m.__name__ for m in typing.get_args(cls)]):
-            holders = typing.get_args(cls)
-            cls = holders[names.index(part)]
-            continue
-        if cls not in holders:
-            holders = (cls,)
-        path.append(part)
-        cls = typing.get_type_hints(cls).get(part, Optimizer) if dataclasses.is_dataclass(cls) else Optimizer
-    return path, [holder for holder in holders if dataclasses.is_dataclass(holder)]
+    members = {cls.__name__ for cls in typing.get_args(noise.Law)}
+
+    def strange(error: ErrorDetails) -> bool:
+        return error["type"] == "unexpected_keyword_argument" and any(part in members for part in error["loc"])
+
+    first = next((error for error in errors if not strange(error)), errors[0])
+    return first, [str(part) for part in first["loc"] if part not in members]
+
+
+def _fields_at(cls: Any, path: Iterable[str]) -> list[str]:
+    """Field names of the dataclass at `path` inside `cls`; of a player's optimiser for optimizer.PLAYER."""
+    kinds = (cls,)
+    for part in path:
+        hints = typing.get_type_hints(kinds[0]) if dataclasses.is_dataclass(kinds[0]) else {}
+        hint = hints.get(part, Optimizer)
+        kinds = tuple(kind for kind in typing.get_args(hint) if kind is not type(None)) or (hint,)
+    known = (dataclasses.fields(kind) for kind in kinds if dataclasses.is_dataclass(kind))
+    return list(dict.fromkeys(f.name for fields in known for f in fields))
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

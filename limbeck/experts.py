@@ -92,7 +92,7 @@ class Experts(Generator):
         row = torch.arange(len(z), device=z.device)
         low, high = edges[row, k], edges[row, k + 1]
         tiny = torch.finfo(z.dtype).eps
-        rest = ((u[:, 0] - low) / (high - low)).clamp(tiny, 1 - tiny)
+        rest = ((u[:, 0] - low) / (high - low).clamp(min=tiny)).clamp(tiny, 1 - tiny)
         fresh = torch.cat([torch.special.ndtri(rest)[:, None], z[:, 1:]], 1)
         return mixture.means[row, k] + (mixture.factors[row, k] @ fresh[..., None]).squeeze(-1)
 

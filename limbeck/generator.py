@@ -1,8 +1,9 @@
-"""One-step generators: modules that turn z ~ N(0, I) into a sample with one network call."""
+"""Generators: modules that turn z ~ N(0, I) into a sample with one network call, or a few."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,19 @@ from limbeck.noise import Karras
 
 
 class Generator(nn.Module):
-    """Interface: `forward(z, cond)` maps z ~ N(0, I), (B, *latent_shape), to samples (B, *shape)."""
+    """Interface: `forward(z, cond)` maps z ~ N(0, I), (B, *latent_shape), to samples (B, *shape).
+
+    Attributes:
+        shape: of one sample.
+        latent_shape: of one latent.
+        classes: width of a condition row; 0 = unconditional.
+        nfe: network calls of `forward`.
+    """
 
     shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     classes: int
+    nfe: int = 1
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         """Samples (B, *shape) for z (B, *latent_shape) and cond None or (B, classes)."""
@@ -77,6 +86,68 @@ class Direct(Generator):
     def card(self) -> dict[str, Any]:
         """Everything but the weights, as JSON-able values."""
         return {"generator": "direct", "noise": self.noise, "denoiser": self.denoiser.card()}
+
+
+class FewStep(Generator):
+    """K calls of one denoiser at falling levels, with fresh noise between them (few-step SiD, arXiv:2505.12674).
+
+    x_1 = D(sigma_0 z_0; sigma_0), x_{i+1} = D(x_i + sigma_i z_i; sigma_i). Latents are (K, *shape), one noise a call,
+    so that a sample depends on its own latent alone. With K = 1 it is `OneStep`.
+
+    Args:
+        denoiser: the network's home; its weights are the generator's.
+        sigmas: the K levels, absolute, falling.
+    """
+
+    def __init__(self, denoiser: Denoiser, sigmas: Sequence[float]) -> None:
+        super().__init__()
+        if not sigmas or any(not 0 < s < math.inf for s in sigmas) or list(sigmas) != sorted(sigmas, reverse=True):
+            raise ValueError(f"sigmas: must be positive, finite and falling, got {list(sigmas)}")
+        self.denoiser, self.sigmas = denoiser, [float(s) for s in sigmas]
+        self.shape, self.classes, self.nfe = denoiser.shape, denoiser.classes, len(sigmas)
+        self.latent_shape = (self.nfe, *denoiser.shape)
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.roll(z, cond)
+
+    def roll(self, z: Tensor, cond: Tensor | None = None, calls: int | None = None) -> Tensor:
+        """Samples (B, *shape) after the first `calls` calls (None = all), with the graph of the last call only."""
+        calls = self.nfe if calls is None else calls
+        x = torch.zeros_like(z[:, 0])
+        for index, sigma in enumerate(self.sigmas[:calls]):
+            last = index == calls - 1
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+                x = self.denoiser(x + sigma * z[:, index], z.new_tensor(sigma), cond)
+        return x
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        return {"generator": "few_step", "sigmas": self.sigmas, "denoiser": cast(Any, self.denoiser).card()}
+
+
+class Dirac(Generator):
+    """One point per class, whatever z is: what score distillation sampling optimises (DreamFusion, arXiv:2209.14988).
+
+    Args:
+        shape: of the point.
+        classes: width of a condition row; 0 = one point.
+        scale: of the samples; the points are stored in its units, and start as unit normal.
+    """
+
+    def __init__(self, shape: Sequence[int], classes: int = 0, scale: float = 0.5) -> None:
+        super().__init__()
+        self.shape, self.latent_shape, self.classes = tuple(shape), (1,), classes
+        self.scale = float(scale)
+        self.points = nn.Parameter(torch.randn(max(1, classes), *shape))
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        if cond is None or self.classes == 0:
+            return self.scale * self.points[:1].expand(len(z), *self.shape)
+        return self.scale * torch.tensordot(cond.to(self.points.dtype), self.points, 1)
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        return {"generator": "dirac", "shape": list(self.shape), "classes": self.classes, "scale": self.scale}
 
 
 class Trajectory(Generator):

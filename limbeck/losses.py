@@ -20,8 +20,12 @@ def denoising(estimate: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float)
 
     The weight makes the loss of a network of zero output equal to 1 at every level.
     """
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return per_sample(expand(weight, clean) * (estimate - clean) ** 2, "mean")
+    return per_sample(expand(edm_weight(sigma, sigma_data), clean) * (estimate - clean) ** 2, "mean")
+
+
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """(sigma^2 + sd^2) / (sigma sd)^2."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
@@ -48,3 +52,32 @@ def l1_scale(x: Tensor, real: Tensor) -> Tensor:
     x and real are in units of the data's scale, so that the floor is.
     """
     return 1 / per_sample((x - real).abs(), "mean").detach().clamp(min=1e-5)
+
+
+def matching(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """weight * (fake - real) . x, whose gradient in x is weight * (fake - real): (B,). Its value means nothing.
+
+    The surrogate of the reverse KL divergence of noised laws, as Diff-Instruct, DMD and f-distill descend it.
+
+    Args:
+        x: generator samples (B, ...).
+        fake, real: clean estimates at the noised samples under the fake score and the teacher; constants here.
+        weight: (B,) or a number; a constant here.
+    """
+    gap = (fake - real).detach()
+    scale = expand(weight.detach(), gap) if isinstance(weight, Tensor) else weight
+    return per_sample(scale * gap * x)
+
+
+def score_identity(x: Tensor, fake: Tensor, real: Tensor, alpha: float) -> Tensor:
+    """(real - fake) . ((real - x) - alpha (real - fake)), summed over coordinates, unweighted: (B,).
+
+    The loss of the SiD line. Gradients flow through both estimates; see `methods.sid` for what it descends.
+
+    Args:
+        x: generator samples (B, ...).
+        fake, real: clean estimates at the noised samples, with their graphs to x.
+        alpha: 1/2 is the Fisher divergence's gradient, 1 leaves its path term out.
+    """
+    gap = real - fake
+    return per_sample(gap * ((real - x) - alpha * gap))

@@ -33,6 +33,7 @@ def _subject(verb: str, method: str | None) -> tuple[Any, Any]:
     kinds: dict[str, Any] = {
         "sample": cli.SampleOptions,
         "reference": cli.ReferenceOptions,
+        "import": cli.ImportOptions,
         "evaluate": config.Evaluation,
     }
     return kinds[verb], tyro.MISSING_NONPROP

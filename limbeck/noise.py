@@ -124,3 +124,6 @@ class Power(Levels):
 
     def scaled(self, factor: float) -> Power:
         return Power(factor * self.sigma_min, factor * self.sigma_max, self.power)
+
+
+Law = Karras | LogNormal | Power  # a field of a recipe that may be any of these; the keys that are given say which

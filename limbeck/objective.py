@@ -17,6 +17,18 @@ from limbeck.generator import Generator
 from limbeck.optimizer import Optimizer
 
 
+class Pairs(NamedTuple):
+    """Latents z (n, *latent_shape), samples x (n, *shape) and condition rows (n, classes) or None."""
+
+    z: Tensor
+    x: Tensor
+    cond: Tensor | None
+
+    def rows(self, index: Tensor | slice) -> Pairs:
+        """Some of the pairs."""
+        return Pairs(self.z[index], self.x[index], None if self.cond is None else self.cond[index])
+
+
 @dataclass(frozen=True)
 class Batch:
     """Everything random that a loss needs; losses draw nothing.
@@ -27,6 +39,9 @@ class Batch:
         eps: unit noise (B, *shape), plain or antithetic.
         cond: condition rows (B, classes) or None.
         real: data (B, *shape), None when data-free.
+        coin: a second uniform (B,), for choices such as dropped labels.
+        direction: a second unit noise (B, *shape), with `real`.
+        pairs: latents and what the teacher's ODE makes of them, for methods that regress on them.
     """
 
     z: Tensor
@@ -34,16 +49,23 @@ class Batch:
     eps: Tensor
     cond: Tensor | None = None
     real: Tensor | None = None
+    coin: Tensor | None = None
+    direction: Tensor | None = None
+    pairs: Pairs | None = None
 
 
 Loss = Callable[[nn.ModuleDict, Denoiser, Batch], Tensor]
 
 
 class Turn(NamedTuple):
-    """One descent step of `players` on `loss(nets, teacher, batch) -> (B,)`, a pure function."""
+    """One descent step of `players` on `loss(nets, teacher, batch) -> (B,)`, a pure function.
+
+    `when`, if given, is asked before: the turn is left out while it says no. It may read `State`s only.
+    """
 
     players: tuple[str, ...]
     loss: Loss
+    when: Callable[[nn.ModuleDict], bool] | None = None
 
 
 class State(nn.Module):
@@ -56,9 +78,17 @@ class State(nn.Module):
         """Take what was added since the last commit into the values that losses read."""
         raise NotImplementedError
 
+    def told(self) -> dict[str, Tensor]:
+        """0-d tensors for the log, by name."""
+        return {}
+
 
 class Objective(Protocol):
-    """A method. `product` names the player that is averaged (EMA) and exported; `needs_real` asks for `Batch.real`."""
+    """A method. `product` names the player that is averaged (EMA) and exported; `needs_real` asks for `Batch.real`.
+
+    Two things are optional. `warm_start = True` asks for a template that is fitted to the teacher if it is not the
+    teacher's own network; `health(nets, teacher, batch)` gives 0-d tensors for the log.
+    """
 
     @property
     def product(self) -> str: ...
@@ -71,7 +101,7 @@ class Objective(Protocol):
         ...
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
-        """The algorithm box: what is played in this step, after `images` generator images."""
+        """The algorithm box: what is played in this step, after `images` images (see `Trainer.images`)."""
         ...
 
     def optimizers(self) -> Mapping[str, Optimizer]:

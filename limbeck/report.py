@@ -1135,6 +1135,9 @@ def _training(log: Sequence[Mapping[str, Any]]) -> _Html:
     rows = [row for row in log if isinstance(row, Mapping)]
     unit = "step" if any("step" in row for row in rows) else "images"
     keys = {tuple(key.split("/", 1)) for row in rows for key in row if key.startswith(("loss/", "grad_norm/"))}
+    health = health_curves(rows)
+    if health:  # methods that can say how they stand have a generator's loss without meaning
+        keys.discard(("loss", "generator"))
     if not keys:
         return _section("Training", "", _missing("No training log was recorded for this run."))
     order = sorted(keys, key=lambda key: (not key[1].startswith("generator"), key[1], key[0] != "loss"))
@@ -1142,8 +1145,44 @@ def _training(log: Sequence[Mapping[str, Any]]) -> _Html:
         "Training",
         "What the optimiser saw. Faint: the values; bold: the running mean over a twentieth of the run. "
         "A loss is not a measure of quality: judge the model by its scores.",
+        _el("div.panels", *(_figure_of(panel) for panel in health)) if health else None,
         _el("div.panels.small", *(_log_figure(quantity, player, rows, unit) for quantity, player in order)),
     )
+
+
+def health_curves(log: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """How a fake score stands: its gap to the teacher by noise level, and its loss on fresh samples."""
+    gaps = sorted({key for row in log for key in row if key.startswith("health/gap/")}, key=lambda key: float(key[11:]))
+
+    def points(key: str) -> list[tuple[float, float]]:
+        pairs = [(_number(row.get("images")), _number(row.get(key))) for row in log]
+        return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+    curves = []
+    if gaps:
+        curves.append(
+            Curve(
+                "Gap between the scores, by noise level",
+                "Mean squared distance of the two clean estimates, fake and teacher's, in its natural logarithm. "
+                "All lines should sink; one that stays high names the noise level, hence the size of detail, that the "
+                "student still gets wrong.",
+                "images",
+                "ln gap, lower is better",
+                {f"sigma {key[11:]}": points(key) for key in gaps},
+            )
+        )
+    if fresh := points("health/fake_loss"):
+        curves.append(
+            Curve(
+                "Fake score's loss on fresh samples",
+                "How well the fake score knows samples that it was not trained on. It should sink and stay; a rise "
+                "means that the student runs ahead of it: more fake steps, or a smaller step for the generator.",
+                "images",
+                "denoising loss",
+                {"fake": fresh},
+            )
+        )
+    return curves
 
 
 def _log_figure(quantity: str, player: str, rows: Sequence[Mapping[str, Any]], unit: str) -> _Html:

@@ -12,29 +12,35 @@ import dataclasses
 import fcntl
 import json
 import math
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import limbeck
 from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
-from limbeck.config import Recipe
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.config import Every, Recipe
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.files import write_atomically
 from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
+from limbeck.objective import Pairs
 from limbeck.pictures import overview, png
+from limbeck.randomness import seed_of
 from limbeck.source import DataSource, NoiseSource, Provider, RealSource, provider_of
+from limbeck.stock import teacher_pairs
+from limbeck.teaching import Imitation
 from limbeck.train import Source, Trainer
 
 Tell = Callable[[str], None]
@@ -61,6 +67,7 @@ class Job:
     identity: str  # fingerprint of the teacher or data: a run refuses to go on with another one
     product: str  # kind of the file that the run makes
     judge: Judge | None
+    prepare: Preparation | None = None  # what has to be made before the first step, in a folder that is ours
     held_out: data.Data | None = None  # what a classifier is scored on
 
     @property
@@ -108,34 +115,103 @@ def run_distillation(recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | 
     trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
-    source = NoiseSource(
+    noise = NoiseSource(
         generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes, teacher.contexts,
         micro_batches=recipe.micro_batches, stratified=recipe.stratified,
     )  # fmt: skip
-    batches: Source = RealSource(source, _provider(recipe, teacher)) if recipe.method.needs_real else source
-    job = Job(recipe, out, trainer, batches, artifact.fingerprint(teacher), "generator", judge)
+    provider = _provider(recipe, teacher) if recipe.method.needs_real else None
+    prepare = Preparation(teacher, template, noise, provider)
+    job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare)
     return _run(job, tell)
 
 
-def _provider(recipe: Recipe, teacher: Denoiser) -> Provider:
-    """Real samples for a critic.
+def _provider(recipe: Recipe, teacher: Denoiser) -> Provider | None:
+    """Real samples for a critic; None if they are to be drawn from the teacher's sampler.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if the data do not fit.
     """
-    kind, _, count = recipe.real.source.partition(":")
-    if kind == "teacher":
-        drawn = latents(recipe.seed, range(VALIDATION, VALIDATION + int(count)), teacher.shape, teacher.classes, "real")
-        sampler, _, _, classes = summary.sampler_of(teacher, recipe.evaluate.teacher_steps)
-        return provider_of(generate(sampler, drawn, classes), drawn.labels)
-    if kind == "auto" and isinstance(teacher, Gaussian | Mixture | Empirical):
+    if recipe.real.source.startswith("teacher:"):
+        return None
+    if recipe.real.source == "auto" and isinstance(teacher, Gaussian | Mixture | Empirical):
         return lambda n, rng, labels: teacher.sample(n, rng)
-    if kind == "auto" and isinstance(teacher, Policy):
+    if recipe.real.source == "auto" and isinstance(teacher, Policy):
         return lambda n, rng, contexts: teacher.sample(n, rng, contexts)
     samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
     if samples.shape != teacher.shape:
         raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")
     return provider_of(samples.x, samples.y)
+
+
+WARM_SAMPLES = 5000  # teacher samples on which a student's network learns to imitate it
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a distillation makes of its teacher before the first step. An interrupted one goes on where it was."""
+
+    teacher: Denoiser
+    template: Denoiser
+    noise: NoiseSource
+    provider: Provider | None
+
+    def __call__(self, job: Job, stop: Stop, tell: Tell) -> tuple[Job, float]:
+        """The job with its real samples, pairs and a trainer whose players know the teacher; and the seconds spent."""
+        method, provider = job.recipe.method, self.provider
+        began = time.perf_counter()
+        if method.needs_real and provider is None:
+            provider = self._teacher_provider(job, int(job.recipe.real.source.partition(":")[2]), stop, tell)
+        pairs = self._pairs(job, method.pairs, stop, tell) if hasattr(method, "pairs") else None
+        if provider is not None or pairs is not None:
+            job = replace(job, source=RealSource(self.noise, provider, pairs))
+        seconds = time.perf_counter() - began
+        fresh = self.template is not self.teacher and job.trainer.step == 0
+        if fresh and job.recipe.warm_start and getattr(method, "warm_start", False):
+            trainer, spent = self._warm_start(job, stop, tell)
+            return replace(job, trainer=trainer), seconds + spent
+        return job, seconds
+
+    def _warm_start(self, job: Job, stop: Stop, tell: Tell) -> tuple[Trainer, float]:
+        """A trainer whose players are copies of a template that imitates the teacher: all these methods start there."""
+        recipe, teacher = job.recipe, self.teacher
+        steps = recipe.warm_start
+        tell(f"fitting the student's network to the teacher: {steps:,} steps")
+        if isinstance(teacher, Gaussian | Mixture | Empirical):
+            provider: Provider = lambda n, rng, labels: teacher.sample(n, rng)  # noqa: E731
+        else:
+            provider = self._teacher_provider(job, WARM_SAMPLES, stop, tell)
+        imitation = Imitation()
+        noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
+        every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
+        key = seed_of(job.identity, json.dumps(config.to_table(recipe)))
+        warm = Job(
+            replace(recipe, method=imitation, steps=steps, every=every),
+            job.out / f"warm-start-{key:016x}",
+            Trainer(imitation, teacher, self.template, steps=steps, seed=recipe.seed),
+            RealSource(noise, provider), job.identity, "denoiser", None,
+        )  # fmt: skip
+        warm.out.mkdir(exist_ok=True)
+        seconds, _ = _resume(warm, tell)
+        seconds, _ = _loop(warm, seconds, None, stop, tell)
+        self.template.load_state_dict(warm.trainer.ema.module.state_dict())
+        trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
+        shutil.rmtree(warm.out)
+        return trainer, seconds
+
+    def _teacher_provider(self, job: Job, count: int, stop: Stop, tell: Tell) -> Provider:
+        pairs = self._pairs(job, count, stop, tell)
+        return provider_of(pairs.x, None if pairs.cond is None else pairs.cond.argmax(1))
+
+    def _pairs(self, job: Job, count: int, stop: Stop, tell: Tell) -> Pairs:
+        steps = job.recipe.evaluate.teacher_steps
+
+        def drawn(done: int) -> None:
+            if done == count or done % 5000 == 0:
+                tell(f"{done:,} of {count:,} teacher samples, {2 * steps - 1} network calls each")
+            if stop.signum:
+                raise Stopped(stop.signum, 0)
+
+        return teacher_pairs(self.teacher, count, job.recipe.seed, steps, job.out / "teacher-samples", drawn)
 
 
 def teach(
@@ -180,14 +256,15 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     )  # fmt: skip
     train, held_out = (samples, None) if denoising else samples.split()
     source = DataSource(noise, train.x, train.y)
-    return _run(Job(recipe, out, trainer, source, samples.fingerprint(), recipe.method.product, judge, held_out), tell)
+    job = Job(recipe, out, trainer, source, samples.fingerprint(), recipe.method.product, judge, held_out=held_out)
+    return _run(job, tell)
 
 
 def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     """The denoiser of which players are copies: the recipe's network, the teacher's own, or one for the shape."""
     options = dict(recipe.template)
     name = options.pop("network", None)
-    if name is None and not options and isinstance(teacher, Preconditioned):
+    if name is None and not options and isinstance(teacher, Preconditioned | EpsPreconditioned):
         return teacher
     if name is None:
         name = "mlp" if len(teacher.shape) < 3 or max(teacher.shape[1:]) <= 8 else "dit"
@@ -243,9 +320,9 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: G
 
 
 def _run(job: Job, tell: Tell) -> dict[str, Any]:
-    recipe, out, trainer = job.recipe, job.out, job.trainer
+    recipe, out = job.recipe, job.out
     table = config.to_table(recipe)
-    artifact.describe(trainer.ema.module)  # a model that cannot be stored is refused before it is trained
+    artifact.describe(job.trainer.ema.module)  # a model that cannot be stored is refused before it is trained
     _check_folder(out, table)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -255,10 +332,13 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
         write_atomically(out / "recipe.toml", config.dump_toml(table))
         report = _finished(job, table)
         if report is not None:
-            tell(f"{out}: finished at step {trainer.step}; see {out / 'report.html'}")
+            tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
+        if job.prepare is not None:
+            job, spent = job.prepare(job, stop, tell)
+            seconds += spent
         seconds, best = _loop(job, seconds, best, stop, tell)
-        model = trainer.ema.module
+        model = job.trainer.ema.module
         facts = {**_facts(job), "seconds": round(seconds, 1)}
         artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
         return summary.conclude(job, model, seconds, best, tell)
@@ -300,7 +380,7 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
             told = trainer.advance(job.source)
             due = Due(trainer.step, recipe.steps)
             if due(recipe.every.log):
-                write({name: float(value) for name, value in told.items()})
+                write({name: float(value) for name, value in (told | _health(job)).items()})
             if due(recipe.every.sample):
                 _draw(job)
             if due(recipe.every.evaluate) and job.judge is not None:
@@ -315,6 +395,19 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
     if trainer.step > first:
         tell(f"{trainer.step - first:,} steps in {time.perf_counter() - began - seconds:.0f} s")
     return time.perf_counter() - began, best
+
+
+HEALTH = 2**20  # the turn under which batches are drawn that nobody is trained on
+
+
+def _health(job: Job) -> dict[str, Tensor]:
+    """How a method's players stand, as far as the method can say."""
+    health = getattr(job.recipe.method, "health", None)
+    if health is None:
+        return {}
+    batch = next(iter(job.source(job.trainer.step, HEALTH)))
+    told = health(job.trainer.nets, job.trainer.teacher, batch)
+    return {f"health/{name}": value for name, value in told.items()}
 
 
 @dataclass(frozen=True)

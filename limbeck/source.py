@@ -7,12 +7,12 @@ micro-batches: any number of them sees the same noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from limbeck.objective import Batch
+from limbeck.objective import Batch, Pairs
 from limbeck.randomness import stream
 
 
@@ -54,6 +54,7 @@ class NoiseSource:
             below = 1 - torch.finfo(self.dtype).eps / 2
             u = ((torch.randperm(n, generator=rng) + u) / n).clamp(max=below)
         eps = torch.randn(n, *self.shape, generator=rng, dtype=self.dtype)
+        coin = torch.rand(n, generator=rng, dtype=self.dtype)
         cond = None
         if self.contexts:
             cond = torch.rand(n, self.classes, generator=rng, dtype=self.dtype)
@@ -62,7 +63,7 @@ class NoiseSource:
             cond = one_hot(labels, self.classes, self.dtype)
             if self.unlabelled:
                 cond = cond * (torch.rand(n, 1, generator=rng, dtype=self.dtype) >= self.unlabelled)
-        return Batch(z, u, eps, cond)
+        return Batch(z, u, eps, cond, coin=coin)
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,27 @@ Provider = Callable[[int, torch.Generator, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class RealSource:
-    """A `NoiseSource` whose batches carry real samples of the same labels, for critics.
+    """A `NoiseSource` whose batches also carry real samples of the same labels, for critics, or pairs.
 
-    `provider(n, rng, labels)` draws n of them, (n, *shape), of classes `labels` (n,) if there are any, or in contexts
-    `labels` (n, classes).
+    `provider(n, rng, labels)` draws n real samples, (n, *shape), of classes `labels` (n,) if there are any,
+    or in contexts `labels` (n, classes).
     """
 
     noise: NoiseSource
-    provider: Provider
+    provider: Provider | None = None
+    pairs: Pairs | None = None
 
     def __call__(self, step: int, turn: int) -> Iterator[Batch]:
         rng = stream(self.noise.seed, "batch", step, turn)
-        batch = self.noise.draw(rng)
-        labels = batch.cond if batch.cond is None or self.noise.contexts else batch.cond.argmax(1)
-        real = self.provider(self.noise.batch, rng, labels).to(self.noise.dtype)
-        yield from _cut(replace(batch, real=real), self.noise.micro_batches)
+        batch, n = self.noise.draw(rng), self.noise.batch
+        if self.provider is not None:
+            labels = batch.cond if batch.cond is None or self.noise.contexts else batch.cond.argmax(1)
+            real = self.provider(n, rng, labels).to(self.noise.dtype)
+            direction = torch.randn(n, *self.noise.shape, generator=rng, dtype=self.noise.dtype)
+            batch = replace(batch, real=real, direction=direction)
+        if self.pairs is not None:
+            batch = replace(batch, pairs=self.pairs.rows(torch.randint(len(self.pairs.z), (n,), generator=rng)))
+        yield from _cut(batch, self.noise.micro_batches)
 
 
 def provider_of(x: Tensor, y: Tensor | None) -> Provider:
@@ -129,10 +136,5 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
 def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
     for rows in torch.arange(len(batch.z)).tensor_split(parts):
         one = slice(int(rows[0]), int(rows[-1]) + 1)
-        yield Batch(
-            batch.z[one],
-            batch.u[one],
-            batch.eps[one],
-            None if batch.cond is None else batch.cond[one],
-            None if batch.real is None else batch.real[one],
-        )
+        tensors = {f.name: v[one] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+        yield Batch(**tensors, pairs=None if batch.pairs is None else batch.pairs.rows(one))

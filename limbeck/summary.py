@@ -89,7 +89,7 @@ def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tupl
         ValueError: for a model that draws no samples.
     """
     if isinstance(model, Generator):
-        return model, 1, model.latent_shape, model.classes
+        return model, model.nfe, model.latent_shape, model.classes
     if isinstance(model, Denoiser):
 
         def sample(z: Tensor, cond: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,6 +59,43 @@ class Denoising:
         sigma = self.levels.scaled(denoiser.unit).quantile(batch.u)
         estimate = denoiser(perturb(batch.real, sigma, batch.eps), sigma, batch.cond)
         return denoising(estimate, batch.real, sigma, denoiser.sigma_data)
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Regression of a denoiser on a teacher's estimates, on noised samples of the teacher.
+
+    What it learns is the teacher in another network: where distillation methods start that copy their teacher.
+
+    Attributes:
+        levels: law of the noise, in units of sigma_data / 0.5; wider than EDM's, because generators start high and
+            noise laws reach far.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    product: ClassVar[str] = "denoiser"
+    needs_real: ClassVar[bool] = True
+
+    levels: LogNormal = field(default_factory=lambda: LogNormal(-0.6, 1.8))
+
+    def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
+        return {"denoiser": copy.deepcopy(template)}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"denoiser": Optimizer("adam", lr=2e-3, betas=(0.9, 0.99), schedule="cosine", warmup=100)}
+
+    def turns(self, step: int, images: int) -> Iterable[Turn]:
+        yield Turn(("denoiser",), self.loss)
+
+    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+        """EDM's weighted squared distance of the two estimates per sample (B,)."""
+        denoiser = cast(Denoiser, nets["denoiser"])
+        assert batch.real is not None
+        sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
+        noisy = perturb(batch.real, sigma, batch.eps)
+        with torch.no_grad():
+            target = teacher(noisy, sigma, batch.cond)
+        return denoising(denoiser(noisy, sigma, batch.cond), target, sigma, denoiser.sigma_data)
 
 
 @dataclass(frozen=True)

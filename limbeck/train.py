@@ -48,7 +48,7 @@ class Trainer:
 
     Attributes:
         step: steps taken.
-        images: samples of the product's turns so far.
+        images: samples of the product's turns so far; of a step in which it rests, those of the last turn.
     """
 
     def __init__(
@@ -89,36 +89,45 @@ class Trainer:
             NonFinite: before the update of the turn concerned.
         """
         told: dict[str, Tensor] = {}
-        images = 0
+        images = count = 0
         for index, turn in enumerate(self.objective.turns(self.step, self.images)):
+            if turn.when is not None and not turn.when(self.nets):
+                continue
             count = self._play(index, turn, source(self.step, index), told)
             if self.objective.product in turn.players:
                 images += count
         if images:
             self.ema.update(self.nets[self.objective.product], self.images, images)
+        for name, net in self.nets.items():
+            if isinstance(net, State):
+                told |= {f"{name}/{key}": value for key, value in net.told().items()}
         self.step += 1
-        self.images += images
+        self.images += images or count
         return told
 
     def _play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
         players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
         micro = list(batches)
         count = sum(len(batch.z) for batch in micro)
-        loss = micro[0].z.new_zeros(())
+        losses: list[Tensor] = []
         # dropout is the only user of the global generator; it gets a stream of its own and gives the old one back
         with torch.random.fork_rng(devices=[]):
             for number, batch in enumerate(micro):
                 torch.manual_seed(seed_of(self.seed, "dropout", self.step, index, number))
-                part = turn.loss(self.nets, self.teacher, batch).sum() / count
-                part.backward()
-                loss = loss + part.detach()
+                each = turn.loss(self.nets, self.teacher, batch)
+                (each.sum() / count).backward()
+                losses.append(each.detach())
+        loss = sum((each.sum() / count for each in losses), micro[0].z.new_zeros(()))
         norms = {name: _gradient_norm(player) for name, player in players.items()}
         key = "+".join(turn.players)
         if not all(torch.isfinite(value) for value in (loss, *norms.values())):
             self._rest(players)
+            bad = torch.nonzero(~torch.isfinite(torch.cat(losses)))[:, 0].tolist()
+            where = f" (the first bad sample: {bad[0]} of {count})" if bad else ""
             raise NonFinite(
-                f"the turn of {key} at step {self.step} (seed {self.seed}) gave a loss of {loss.item():g} and gradient "
-                f"norms of {', '.join(f'{norm.item():g}' for norm in norms.values())}; the update was not applied"
+                f"the turn of {key} at step {self.step} (seed {self.seed}) gave a loss of {loss.item():g}{where} and "
+                f"gradient norms of {', '.join(f'{norm.item():g}' for norm in norms.values())}; "
+                "the update was not applied"
             )
         for name, player in players.items():
             if self.clip is not None and norms[name] > self.clip:

@@ -14,40 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from watch import WATCH
 
 from limbeck import artifact, features, networks
 from limbeck.denoiser import Guided, Preconditioned
 from limbeck.generator import OneStep, Trajectory
 from limbeck.noise import Karras
-
-FORBIDDEN = (
-    "exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
-    "subprocess.Popen", "pickle.find_class", "ctypes.dlopen", "socket.connect", "os.remove", "shutil.rmtree",
-)  # fmt: skip
-
-
-class Watch:
-    """Notes audit events which mean that Python runs, imports or writes something."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.seen: list[str] = []
-        sys.addaudithook(self.hook)  # hooks cannot be removed, only switched off
-
-    def hook(self, event: str, args: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(args[1], str) and bool(set(args[1]) & set("wax+"))
-        if self.on and (event in FORBIDDEN or writes):
-            self.seen.append(f"{event} {args[:1]}")
-
-    def __enter__(self) -> None:
-        self.seen.clear()
-        self.on = True
-
-    def __exit__(self, *error: object) -> None:
-        self.on = False
-
-
-WATCH = Watch()
 
 
 def mlp(classes: int = 0, shape: tuple[int, ...] = (2,)) -> Preconditioned:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from limbeck import config, methods
+from limbeck.critic import Adversarial
+from limbeck.game import Game, Guidance
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,13 +43,33 @@ def test_every_method_says_where_it_comes_from(name: str) -> None:
     text = sys.modules[methods.METHODS[name].__module__].__doc__ or ""
     assert entry.paper in text
     # the faithfulness ledger names real switches
-    switches = re.findall(r"^``(\w+)``", text, re.MULTILINE)
-    fields = methods.METHODS[name].__dataclass_fields__
-    assert switches and all(switch in fields for switch in switches), switches
+    switches = re.findall(r"^``([\w.]+)``", text, re.MULTILINE)
+    shared = {"game": Game(adversarial=Adversarial()), "adversarial": Adversarial(), "guidance": Guidance()}
+    for switch in switches:
+        *parents, leaf = switch.split(".")
+        owner = shared[parents[-1]] if parents else methods.METHODS[name]()
+        assert leaf in owner.__dataclass_fields__, switch
+    assert switches
+
+
+def test_the_site_has_every_page_and_its_equations(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "site.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "docs/score-family.html", "docs/add-a-method.html", "CONTRIBUTING.html"} <= pages.keys()
+    for name in methods.TABLE:
+        page = "docs/pid.html" if name == "pid" else f"docs/methods/{name}.html"
+        assert page in pages
+        if name != "pid":
+            assert "<math" in pages[page] and "<th>default</th>" in pages[page] and "$$" not in pages[page]
+    for page, text in pages.items():
+        for target in re.findall(r'href="([^"#]+)', text):
+            if not target.startswith("http"):
+                assert (tmp_path / page).parent.joinpath(target).exists(), (page, target)
 
 
 def test_links_of_readme_and_docs_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

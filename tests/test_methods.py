@@ -9,21 +9,34 @@ import pytest
 import torch
 
 from limbeck import methods
+from limbeck.critic import Adversarial
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.divergence import DIVERGENCES
 from limbeck.ema import Average
 from limbeck.exact import Mixture
+from limbeck.game import Game
+from limbeck.generator import Generator
 from limbeck.networks.mlp import MLP
-from limbeck.objective import Batch, State
+from limbeck.objective import Batch, Pairs, State
+from limbeck.sample import heun
 from limbeck.source import NoiseSource, RealSource, provider_of
 from limbeck.train import Source, Trainer
 
-CASES: dict[str, Any] = {name: cls() for name, cls in methods.METHODS.items()}
-CASES["dmd weight"] = methods.METHODS["diff_instruct"](weight="dmd", fake_steps=2)
-CASES["dmd2"] = methods.METHODS["f_distill"](divergence="reverse_kl", game="hinge")
-CASES["as released"] = methods.METHODS["uni_instruct"](as_released=True, divergence="forward_kl")
-CASES |= {f"uni {f}": methods.METHODS["uni_instruct"](divergence=f, adversarial=0.01) for f in DIVERGENCES}
-CASES["uni without a critic"] = methods.METHODS["uni_instruct"](divergence="reverse_kl")
+M = methods.METHODS
+JUDGED = Game(adversarial=Adversarial(weight=0.01))
+CASES: dict[str, Any] = {name: cls() for name, cls in M.items()}
+CASES["dmd weight"] = M["diff_instruct"](weight="dmd", game=Game(fake_steps=2))
+CASES["diff_instruct, dropout replayed"] = M["diff_instruct"](dropout_replay=True)
+CASES["as released"] = M["uni_instruct"](as_released=True, divergence="forward_kl")
+CASES |= {f"uni {f}": M["uni_instruct"](divergence=f, game=JUDGED) for f in DIVERGENCES}
+CASES["uni without a critic"] = M["uni_instruct"](divergence="reverse_kl")
+CASES["f_distill reverse_kl"] = M["f_distill"](divergence="reverse_kl")
+CASES |= {f"vardiu {q}": M["vardiu"](posterior=q, antithetic=False, as_released=True) for q in ("full", "flow")}
+CASES["gates"] = M["sida"](game=Game(fake_first=20, adversarial=Adversarial(weight=0.1, after=30)))
+CASES["few steps"] = M["sid"](game=Game(calls=3))
+CASES["critics"] = M["sim"](game=Game(adversarial=Adversarial(weight=0.1, loss="hinge", weighting="edm", r1=0.1)))
+CASES["settling"] = M["diff_instruct"](game=Game(settle=2))
+CASES["sid, NaN dropped"] = M["sid"](nan="drop", normalizer="none")
 
 every_method = pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 
@@ -33,10 +46,13 @@ def teacher(scale: float = 1.0) -> Mixture:
     return Mixture([1.0, 2.0], scale * means, scale * torch.tensor([0.3, 0.4], dtype=torch.float64))
 
 
-def trainer(method: Any, law: Mixture, dropout: float = 0.1) -> Trainer:
+def template(law: Mixture, dropout: float = 0.1) -> Denoiser:
     torch.manual_seed(0)
-    template = Preconditioned(MLP((2,), 0, 16, 2, dropout).double(), (2,), 0, law.sigma_data)
-    made = Trainer(method, law, template, steps=6, ema=Average(half_life=50), seed=3)
+    return Preconditioned(MLP((2,), 0, 16, 2, dropout).double(), (2,), 0, law.sigma_data)
+
+
+def trainer(method: Any, law: Mixture, dropout: float = 0.1) -> Trainer:
+    made = Trainer(method, law, template(law, dropout), steps=6, ema=Average(half_life=50), seed=3)
     # heads and states that the method builds itself are float32
     made.nets.double()
     made.ema.module.double()
@@ -44,10 +60,14 @@ def trainer(method: Any, law: Mixture, dropout: float = 0.1) -> Trainer:
 
 
 def source(method: Any, law: Mixture, parts: int = 1) -> Source:
-    noise = NoiseSource((2,), (2,), 12, 5, micro_batches=parts, dtype=torch.float64)
-    if not method.needs_real:
-        return noise
-    return RealSource(noise, lambda n, rng, labels: law.sample(n, rng))
+    generator = method.players(template(law))["generator"]
+    assert isinstance(generator, Generator)
+    noise = NoiseSource((2,), generator.latent_shape, 12, 5, micro_batches=parts, dtype=torch.float64)
+    pairs = None
+    if hasattr(method, "pairs"):
+        z = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        pairs = Pairs(z, heun(law, z, 4), None)
+    return RealSource(noise, (lambda n, rng, labels: law.sample(n, rng)) if method.needs_real else None, pairs)
 
 
 def weights(made: Trainer) -> dict[str, torch.Tensor]:
@@ -101,11 +121,10 @@ def test_micro_batches_are_one_batch(method: Any, parts: int) -> None:
 def test_turns_leave_nothing_behind(method: Any) -> None:
     law = teacher()
     made = trainer(method, law)
+    feed = source(method, law)
     before = torch.random.get_rng_state()
-    played: list[str] = []
-    for turn in method.turns(0, 0):
-        played += turn.players
-    made.advance(source(method, law))
+    played = [player for turn in method.turns(0, 10**9) for player in turn.players]
+    made.advance(feed)
     assert "generator" in played and set(played) <= set(made.nets)
     assert torch.equal(before, torch.random.get_rng_state())
     for net in (*made.nets.values(), law):
@@ -123,7 +142,8 @@ def test_the_teacher_s_scale_is_the_student_s(method: Any) -> None:
         made = trainer(method, law, dropout=0.0)
         for _ in range(3):
             made.advance(source(method, law))
-        z = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        shape = made.ema.module.latent_shape
+        z = torch.randn(50, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             students.append(made.ema.module(z))
     assert torch.allclose(4 * students[0], students[1], rtol=1e-6, atol=1e-6)

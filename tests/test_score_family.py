@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser, Preconditioned, expand, score
 from limbeck.exact import Gaussian, Mixture
-from limbeck.fake import fake_turn
+from limbeck.game import Game
 from limbeck.generator import Generator, OneStep
 from limbeck.losses import denoising, l1_scale, pseudo_huber
 from limbeck.methods import METHODS
@@ -41,7 +41,7 @@ FAMILY: dict[str, Any] = {
     "diff_instruct-dmd": DiffInstruct(weight="dmd"),
     "sid": SiD(),
     "sid-plain": SiD(alpha=0.5, normalizer="none", loss_scale=100.0),
-    "sid-1.2": SiD(alpha=1.2, fake_steps=2),
+    "sid-1.2": SiD(alpha=1.2, game=Game(fake_steps=2)),
     "sim": SIM(),
     "sim-squared": SIM(distance="squared"),
 }
@@ -708,7 +708,7 @@ def test_the_loss_on_a_batch_is_the_pure_function(name: str) -> None:
     assert all(p.grad is None for p in nets["fake"].parameters())
     nets.zero_grad(set_to_none=True)
 
-    x, sigma_init = nets["generator"](batch.z), method.sigma_init * unit
+    x, sigma_init = nets["generator"](batch.z), method.game.sigma_init * unit
     assert torch.equal(x, nets["generator"].denoiser(sigma_init * batch.z, f64(sigma_init)))
     sigma = levels_by_hand(method, batch.u, unit)
     noisy = x + sigma[:, None] * batch.eps
@@ -800,7 +800,7 @@ def test_t1_the_fake_turn_s_minimum_is_the_exact_score(theta: float) -> None:
         fake = Slopes([s])
         nets = on(nn.ModuleDict({"generator": Affine(theta), "fake": fake}), "fake")
         batch = Batch(Z, filled(u_of(LogNormal(), s), Z), EPS)
-        loss = (W * fake_turn(LogNormal()).loss(nets, Gaussian(0.0, SD), batch)).sum()
+        loss = (W * Game().fake_turn().loss(nets, Gaussian(0.0, SD), batch)).sum()
         a = fake.slopes
         weight = (s**2 + SD**2) / (s * SD) ** 2
         assert loss.item() == pytest.approx(weight * ((0.5 - 1) ** 2 * theta**2 + 0.5**2 * s**2), rel=1e-9)
@@ -837,7 +837,7 @@ def test_t1_descent_of_the_fake_score_alone(name: str) -> None:
         run.advance(lambda step, turn: [crossed(LogNormal(), levels)])
     expected = theta**2 / (theta**2 + f64(levels) ** 2)
     torch.testing.assert_close(fake.slopes.detach(), expected, rtol=1e-6, atol=1e-6)
-    assert generator.slope.item() == theta and run.images == 0
+    assert generator.slope.item() == theta and run.images == 300 * 16
 
 
 def test_t2_coupled_dynamics() -> None:
@@ -956,7 +956,7 @@ def test_t4_players_out_of_turn_rest(name: str, monkeypatch: pytest.MonkeyPatch)
         for net in (run.nets, run.teacher, run.ema.module):
             assert not any(module.training for module in net.modules())
             assert all(p.grad is None and not p.requires_grad for p in net.parameters())
-    order = ["fake"] * method.fake_steps + ["generator"]
+    order = ["fake"] * method.game.fake_steps + ["generator"]
     assert [players for players, _ in seen] == [(player,) for player in order] * 2
     assert reached == [(player, {player}) for player in order] * 2
     for (turn,), facts in seen:
@@ -995,16 +995,16 @@ def test_t8_laws() -> None:
         fine = method.levels.quantile((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000)
         assert (fine > 4.91).double().mean().item() == pytest.approx(0.277, abs=6e-4)
         assert (fine < 0.0185).double().mean().item() == pytest.approx(0.132, abs=6e-4)
-    for law in (DiffInstruct().levels, DiffInstruct().fake_levels, SiD().fake_levels, SIM().fake_levels):
+    for law in (DiffInstruct().levels, Game().fake_levels):
         assert law.quantile(f64([0.01, 0.5, 0.99])).tolist() == pytest.approx([0.0185, 0.301, 4.91], rel=3e-3)
 
 
 def test_defaults() -> None:
-    assert (SiD().alpha, SiD().normalizer, SiD().fake_steps, SiD().sigma_init, SiD().loss_scale) == (
-        1.0, "l1", 1, 2.5, 1.0,
-    )  # fmt: skip
-    assert (SIM().distance, SIM().c, SIM().fake_steps, SIM().sigma_init) == ("huber", 0.00054, 1, 2.5)
-    assert (DiffInstruct().weight, DiffInstruct().fake_steps) == ("uniform", 1)
+    assert (SiD().alpha, SiD().normalizer, SiD().loss_scale) == (1.0, "l1", 1.0)
+    assert all(kind().game == Game() for kind in (DiffInstruct, SiD, SIM))
+    assert (Game().fake_steps, Game().sigma_init, Game().calls, Game().adversarial) == (1, 2.5, 1, None)
+    assert (SIM().distance, SIM().c) == ("huber", 0.00054)
+    assert DiffInstruct().weight == "uniform"
     assert [METHODS[key] for key in ("diff_instruct", "sid", "sim")] == [DiffInstruct, SiD, SIM]
     for method in FAMILY.values():
         assert method == replace(method) and hash(method) == hash(replace(method))
@@ -1074,7 +1074,7 @@ def test_a_scaled_teacher_makes_the_scaled_student(name: str, eps: float, tolera
     """Adam's eps is the only thing that sees the data's scale."""
     one, two = trained(FAMILY[name], 1.0, eps), trained(FAMILY[name], 2.0, eps)
     z = normal(64, 2, seed=9)
-    start = OneStep(template(), FAMILY[name].sigma_init * PLANE.unit)
+    start = OneStep(template(), FAMILY[name].game.sigma_init * PLANE.unit)
     student, other = one.nets["generator"](z), two.nets["generator"](z)
     assert (student - start(z)).abs().max() > 1e-2
     torch.testing.assert_close(other / 2, student, rtol=0, atol=tolerance)
@@ -1102,7 +1102,7 @@ def test_the_fake_score_s_loss_has_no_unit(c: float) -> None:
     for factor in (1.0, c):
         teacher = scaled(factor)
         nets = nn.ModuleDict(SiD().players(template(sigma_data=teacher.sigma_data)))
-        values.append(fake_turn(LogNormal()).loss(nets, teacher, batch).detach())
+        values.append(Game().fake_turn().loss(nets, teacher, batch).detach())
     torch.testing.assert_close(values[1], values[0], rtol=1e-8, atol=1e-10)
 
 
@@ -1118,14 +1118,14 @@ def test_the_fake_score_s_loss_is_edm_s(sd: float) -> None:
         assert direct.item() == pytest.approx(1, rel=1e-9)
         nets = nn.ModuleDict({"generator": Affine(sd), "fake": zero})
         batch = Batch(Z, filled(u_of(LogNormal(), s), Z), EPS)
-        value = (W * fake_turn(LogNormal()).loss(nets, Gaussian(0.0, sd), batch)).sum()
+        value = (W * Game().fake_turn().loss(nets, Gaussian(0.0, sd), batch)).sum()
         assert value.item() == pytest.approx(1, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["diff_instruct", "sid", "sim"])
 def test_players(name: str) -> None:
     method, start = FAMILY[name], template(sigma_data=1.5)
-    made = replace(method, sigma_init=4.0).players(start)
+    made = replace(method, game=Game(sigma_init=4.0)).players(start)
     assert set(made) == {"generator", "fake"}
     generator, fake = made["generator"], made["fake"]
     assert isinstance(generator, OneStep) and generator.sigma == pytest.approx(12.0) and generator.shape == (2,)
@@ -1166,15 +1166,15 @@ MISTAKES: list[tuple[type, str, Any]] = [
     *((SiD, "alpha", value) for value in (math.nan, math.inf, -math.inf, 1e3)),
     *((SiD, "loss_scale", value) for value in NOT_POSITIVE),
     *((SIM, "c", value) for value in NOT_POSITIVE),
-    *((kind, "fake_steps", value) for kind in (DiffInstruct, SiD, SIM) for value in (0, -1)),
-    *((kind, "sigma_init", value) for kind in (DiffInstruct, SiD, SIM) for value in NOT_POSITIVE),
+    *((Game, field, value) for field in ("fake_steps", "calls") for value in (0, -1)),
+    *((Game, "sigma_init", value) for value in NOT_POSITIVE),
 ]
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), MISTAKES)
 def test_bad_fields(kind: type, field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field}: ") as error:
-        kind(**{field: value}).players(template())
+        kind(**{field: value})
     assert "\n" not in str(error.value)
 
 
@@ -1183,4 +1183,4 @@ def test_objectives_have_the_protocol_s_shape() -> None:
     for method in methods:
         turns = list(method.turns(0, 0))
         assert [turn.players for turn in turns] == [("fake",), ("generator",)]
-    assert [turn.players for turn in SIM(fake_steps=3).turns(5, 0)] == [("fake",)] * 3 + [("generator",)]
+    assert [turn.players for turn in SIM(game=Game(fake_steps=3)).turns(5, 0)] == [("fake",)] * 3 + [("generator",)]

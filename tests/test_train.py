@@ -415,7 +415,7 @@ def test_players_out_of_turn_rest() -> None:
         assert modes.pop("running") == modes.pop("teacher") == off
         assert modes == {name: on if name == turn else off for name in ("generator", "fake")}
     assert [turn for turn, _ in duel.seen] == ["fake", "fake", "generator"] * 2
-    assert (run.step, run.images) == (4, 48)  # generator images only
+    assert (run.step, run.images) == (4, 96)  # one batch a step, whoever plays
 
 
 def test_turns_draw_their_own_noise() -> None:
@@ -573,9 +573,12 @@ def test_steps_without_the_product_leave_its_average_alone() -> None:
     run = trainer_of(objective=Duel())
     before = weights(run.ema.module)
     run.advance(noise())
-    assert torch.equal(weights(run.ema.module), before) and run.images == 0
+    assert torch.equal(weights(run.ema.module), before) and run.images == 24
     run.advance(noise())  # the first images: the average is the generator
-    assert torch.equal(weights(run.ema.module), weights(run.nets["generator"])) and run.images == 24
+    now = weights(run.nets["generator"])
+    share = 0.5 ** (24 / (0.05 * 24))  # half-life: a twentieth of the images so far
+    torch.testing.assert_close(weights(run.ema.module), before + (1 - share) * (now - before), rtol=1e-12, atol=1e-12)
+    assert run.images == 48
 
 
 # Sources --------------------------------------------------------------------------------------------------------------

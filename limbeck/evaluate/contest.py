@@ -74,8 +74,8 @@ class Contestant:
 
 
 def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
-    """The contestant named `source`: a run folder, a model's file, a teacher ("digits"; "digits@9" takes 9 Heun steps),
-    an .npz file of samples or a folder of pictures.
+    """The contestant named `source`: the folder of a run or an imported model, a model's file, a teacher ("digits";
+    "digits@9" takes 9 Heun steps), an .npz file of samples or a folder of pictures.
 
     Raises:
         ValueError: naming what is wrong.
@@ -84,11 +84,13 @@ def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
     if at and number.isdigit() and int(number) >= 2:
         return Contestant(source, teachers.load(name), None, int(number))
     path = Path(source)
-    if path.is_dir() and (path / "recipe.toml").is_file():
+    if path.is_dir():
+        run = path if (path / "recipe.toml").is_file() else None  # without one the model was imported
         for kind in ("generator", "denoiser"):
             if (path / f"{kind}.safetensors").is_file():
-                return Contestant(source, artifact.load(path / f"{kind}.safetensors", kind), None, steps, path)
-        raise ValueError(f"{path}: has no finished model yet")
+                return Contestant(source, artifact.load(path / f"{kind}.safetensors", kind), None, steps, run)
+        if run is not None:
+            raise ValueError(f"{path}: has no finished model yet")
     if path.is_dir() or path.suffix == ".npz":
         return Contestant(source, None, data.load(source, size), steps)
     if path.is_file() and artifact.read_card(path)["kind"] == "generator":

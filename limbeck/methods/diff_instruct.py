@@ -11,8 +11,10 @@ switch                 default                                     what else
 =====================  ==========================================  ==================================================
 ``weight``             ``uniform``: 1, as the authors' code        ``dmd``: 1 / mean |x - D_real| per sample, DMD's
                                                                    normaliser (arXiv:2311.18828)
-dropout                fake and teacher in eval mode               the code puts both in training mode with equal masks
-``sigma_init``         2.5, as SiD and DMD's successors            the code's README: 1.0 for CIFAR-10
+``levels``             log-normal, as the code                     any law, e.g. SiD's: ``levels = {stop = 0.8}``
+``dropout_replay``     off: fake and teacher in eval mode          on: both in training mode with equal masks, as the
+                                                                   code
+``game.sigma_init``    2.5, as SiD and DMD's successors            the code's README: 1.0 for CIFAR-10
 labels                 fresh in every turn                         the code reuses the fake score's labels for the
                                                                    generator's turn
 ``updated_at``         off: turn and sample call one generator     the noise input of a plain generator (`Direct`) in
@@ -26,33 +28,23 @@ NaN gradients          the run stops                               the code repl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.denoiser import Denoiser, expand
-from limbeck.fake import fake_turn, one_step_and_fake
-from limbeck.generator import Direct, Generator, OneStep
-from limbeck.losses import l1_scale, per_sample
-from limbeck.noise import LogNormal, Power
-from limbeck.objective import Batch, Turn, perturb
+from limbeck.denoiser import Denoiser
+from limbeck.game import Game
+from limbeck.generator import Direct, Generator
+from limbeck.losses import l1_scale, matching
+from limbeck.noise import Law, LogNormal
+from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
-
-def diff_instruct_loss(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """weight * (fake - real) . x, whose gradient in x is weight * (fake - real): (B,). Its value means nothing.
-
-    Args:
-        x: generator samples (B, ...).
-        fake, real: clean estimates at the noised samples under the fake score and the teacher; constants here.
-        weight: (B,) or a number.
-    """
-    gap = (fake - real).detach()
-    scale = expand(weight.detach(), gap) if isinstance(weight, Tensor) else weight
-    return per_sample(scale * gap * x)
+diff_instruct_loss = matching
 
 
 @dataclass(frozen=True)
@@ -60,59 +52,74 @@ class DiffInstruct:
     """Hyper-parameters of Diff-Instruct. Noise levels are in units of sigma_data / 0.5.
 
     Attributes:
-        sigma_init: level at which the generator calls its network.
-        levels: law of the noise in the generator's turn: LogNormal (mean, std) or Power (sigma_min, sigma_max, power).
-        fake_levels: law of the noise in the fake score's turn.
-        fake_steps: turns of the fake score before each of the generator.
+        levels: law of the noise in the generator's turn.
         weight: uniform, or dmd.
-        updated_at: see the ledger.
+        dropout_replay: see the ledger.
+        updated_at: noise input of a plain generator (`generator.network`) in its own turn, if it is another one.
+        game: what methods with a fake score share.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
-    needs_real: ClassVar[bool] = False
+    warm_start: ClassVar[bool] = True
 
-    sigma_init: float = 2.5
-    levels: LogNormal | Power = field(default_factory=LogNormal)
-    fake_levels: LogNormal | Power = field(default_factory=LogNormal)
-    fake_steps: int = 1
+    levels: Law = field(default_factory=LogNormal)
     weight: Literal["uniform", "dmd"] = "uniform"
+    dropout_replay: bool = False
     updated_at: float | None = None
+    game: Game = field(default_factory=Game)
 
     def __post_init__(self) -> None:
         if self.weight not in ("uniform", "dmd"):
             raise ValueError(f"weight: must be uniform or dmd, got {self.weight!r}")
-        if self.fake_steps < 1:
-            raise ValueError(f"fake_steps: must be at least 1, got {self.fake_steps}")
+
+    @property
+    def needs_real(self) -> bool:
+        return self.game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
-        """The generator, one call at sigma_init; and the fake score. Both start as copies of the template."""
         if self.updated_at is not None and not isinstance(generator, Direct):
             raise ValueError("updated_at: needs a plain generator; set generator.network")
-        return one_step_and_fake(template, generator, lambda d: OneStep(d, self.sigma_init * template.unit))
+        return self.game.players(template, generator)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {
-            "fake": Optimizer("adam", lr=1e-3, betas=(0.0, 0.99)),
-            "generator": Optimizer("adam", lr=5e-4, betas=(0.0, 0.99), schedule="cosine"),
-        }
+        return self.game.optimizers(generator=5e-4, fake=1e-3)
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
-        for _ in range(self.fake_steps):
-            yield fake_turn(self.fake_levels)
-        yield Turn(("generator",), self.loss)
+        return self.game.turns(self.loss, step, images)
 
-    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
-        """Per-sample surrogate (B,) whose gradient is the integral KL's."""
-        generator = nets["generator"]
-        if self.updated_at is None:
-            x = generator(batch.z, batch.cond)
-        else:
-            x = cast(Direct, generator).at(batch.z, self.updated_at, batch.cond)
-        sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
-        with torch.no_grad():
-            noisy = perturb(x, sigma, batch.eps)
-            real = teacher(noisy, sigma, batch.cond)
-            fake = nets["fake"](noisy, sigma, batch.cond)
-        weight = 1.0 if self.weight == "uniform" else l1_scale(x / teacher.unit, real / teacher.unit)
-        return diff_instruct_loss(x, fake, real, weight) / teacher.unit**2
+    def loss(
+        self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
+    ) -> Tensor:
+        """Per-sample surrogate (B,) whose gradient is the integral KL's, and the adversarial loss if there is one."""
+        if self.updated_at is not None:
+            played = Direct(cast(Direct, nets["generator"]).denoiser, self.updated_at)
+            nets = nn.ModuleDict({**nets, "generator": played})
+        with _equal_dropout(teacher, nets["fake"]) if self.dropout_replay else contextlib.nullcontext():
+            view = self.game.view(nets, teacher, batch, self.levels, call, judged, graph=False)
+        weight = 1.0 if self.weight == "uniform" else l1_scale(view.x / teacher.unit, view.real / teacher.unit)
+        score_loss = diff_instruct_loss(view.x, view.fake, view.real, weight) / teacher.unit**2
+        return score_loss + self.game.adversarial_loss(view)
+
+    def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
+        return self.game.health(nets, teacher, batch, self.levels)
+
+
+@contextlib.contextmanager
+def _equal_dropout(*players: nn.Module) -> Iterator[None]:
+    """Players in training mode, each of whose calls draws its dropout from the same state."""
+    states: list[Tensor] = []
+
+    def rewind(*_: object) -> None:
+        if not states:
+            states.append(torch.get_rng_state())
+        torch.set_rng_state(states[0])
+
+    hooks = [player.train().register_forward_pre_hook(rewind) for player in players]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for player in players:
+            player.eval()

@@ -25,7 +25,11 @@ switch                 default                                     what else
                        it
 dropout                generator's on in its turn, off elsewhere   as the code
 augmentation           none                                        the code augments the fake score's training samples
-NaN                    the run stops                               the code drops NaN samples at an unchanged divisor
+``nan``                ``stop``: the run stops, naming the sample  ``drop``: the code drops samples with NaN at an
+                                                                   unchanged divisor
+few steps              ``game.calls``: their number goes round     the code draws it at random
+                       from 1 to K, a stratified draw
+guidance               ``game.guidance``, off                      SiD-LSG: k1 = k2 = k3 = k4 = 1.5 (long: k4 only)
 =====================  ==========================================  ==================================================
 """
 
@@ -36,27 +40,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
-from limbeck.fake import fake_turn, one_step_and_fake
-from limbeck.generator import Generator, OneStep
-from limbeck.losses import l1_scale, per_sample
-from limbeck.noise import Karras, LogNormal
-from limbeck.objective import Batch, Turn, perturb
+from limbeck.game import Game
+from limbeck.generator import Generator
+from limbeck.losses import l1_scale, per_sample, score_identity
+from limbeck.noise import Karras
+from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
-
-def sid_loss(x: Tensor, fake: Tensor, real: Tensor, alpha: float) -> Tensor:
-    """(real - fake) . ((real - x) - alpha (real - fake)), summed over coordinates, unweighted: (B,).
-
-    Args:
-        x: generator samples (B, ...).
-        fake, real: clean estimates at the noised samples, with their graphs to x.
-        alpha: 1/2 is the Fisher divergence's gradient, 1 leaves its path term out.
-    """
-    gap = real - fake
-    return per_sample(gap * ((real - x) - alpha * gap))
+sid_loss = score_identity
 
 
 @dataclass(frozen=True)
@@ -65,56 +60,62 @@ class SiD:
 
     Attributes:
         alpha: see the ledger.
-        sigma_init: level at which the generator calls its network.
         levels: law of the noise in the generator's turn: EDM's sampling levels up to quantile 0.8.
-        fake_levels: law of the noise in the fake score's turn.
-        fake_steps: turns of the fake score before each of the generator.
         normalizer: l1, or none.
         loss_scale: factor on the generator's loss.
+        nan: stop, or drop.
+        game: what methods with a fake score share.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
-    needs_real: ClassVar[bool] = False
+    warm_start: ClassVar[bool] = True
 
     alpha: float = 1.0
-    sigma_init: float = 2.5
     levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
-    fake_levels: LogNormal = field(default_factory=LogNormal)
-    fake_steps: int = 1
     normalizer: Literal["l1", "none"] = "l1"
     loss_scale: float = 1.0
+    nan: Literal["stop", "drop"] = "stop"
+    game: Game = field(default_factory=Game)
 
     def __post_init__(self) -> None:
         if not -10 <= self.alpha <= 10:
             raise ValueError(f"alpha: must be a small finite number, got {self.alpha}")
         if not 0 < self.loss_scale < math.inf:
             raise ValueError(f"loss_scale: must be positive and finite, got {self.loss_scale}")
-        if self.normalizer not in ("l1", "none"):
-            raise ValueError(f"normalizer: must be l1 or none, got {self.normalizer!r}")
-        if self.fake_steps < 1:
-            raise ValueError(f"fake_steps: must be at least 1, got {self.fake_steps}")
+        for name, known in (("normalizer", ("l1", "none")), ("nan", ("stop", "drop"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: must be {' or '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def needs_real(self) -> bool:
+        return self.game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
-        """The generator, one call at sigma_init; and the fake score. Both start as copies of the template."""
-        return one_step_and_fake(template, generator, lambda d: OneStep(d, self.sigma_init * template.unit))
+        return self.game.players(template, generator)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {
-            "fake": Optimizer("adam", lr=1e-3, betas=(0.0, 0.99)),
-            "generator": Optimizer("adam", lr=5e-4, betas=(0.0, 0.99), schedule="cosine"),
-        }
+        return self.game.optimizers(generator=5e-4, fake=1e-3)
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
-        for _ in range(self.fake_steps):
-            yield fake_turn(self.fake_levels)
-        yield Turn(("generator",), self.loss)
+        return self.game.turns(self.loss, step, images)
 
-    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
-        """L_alpha per sample (B,)."""
-        x = nets["generator"](batch.z, batch.cond)
-        sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
-        noisy = perturb(x, sigma, batch.eps)
-        real, fake = teacher(noisy, sigma, batch.cond), nets["fake"](noisy, sigma, batch.cond)
-        weight = l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else 1.0
-        return self.loss_scale * weight * sid_loss(x, fake, real, self.alpha) / teacher.unit**2
+    def loss(
+        self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
+    ) -> Tensor:
+        """L_alpha, and the adversarial loss if there is a critic, per sample (B,)."""
+        view = self.game.view(nets, teacher, batch, self.levels, call, judged)
+        x, fake, real = view.x, view.fake, view.real
+        weight = (
+            l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(batch.u)
+        )
+        if self.nan == "drop":
+            good = torch.isfinite(per_sample(x + fake + real))
+            kept = weight[good] * sid_loss(x[good], fake[good], real[good], self.alpha)
+            score_loss = torch.zeros_like(weight).index_put((good,), kept)
+        else:
+            score_loss = weight * sid_loss(x, fake, real, self.alpha)
+        return self.loss_scale * score_loss / teacher.unit**2 + self.game.adversarial_loss(view)
+
+    def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
+        return self.game.health(nets, teacher, batch, self.levels)

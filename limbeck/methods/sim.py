@@ -27,11 +27,11 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser, expand
-from limbeck.fake import fake_turn, one_step_and_fake
-from limbeck.generator import Generator, OneStep
+from limbeck.game import Game
+from limbeck.generator import Generator
 from limbeck.losses import per_sample
-from limbeck.noise import Karras, LogNormal
-from limbeck.objective import Batch, Turn, perturb
+from limbeck.noise import Karras
+from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
 
@@ -55,49 +55,44 @@ class SIM:
     Attributes:
         distance: huber, or squared.
         c: pseudo-Huber's constant, times sqrt(d) and the data's scale.
-        sigma_init: level at which the generator calls its network.
         levels: law of the noise in the generator's turn.
-        fake_levels: law of the noise in the fake score's turn.
-        fake_steps: turns of the fake score before each of the generator.
+        game: what methods with a fake score share.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
-    needs_real: ClassVar[bool] = False
+    warm_start: ClassVar[bool] = True
 
     distance: Literal["huber", "squared"] = "huber"
     c: float = 0.00054
-    sigma_init: float = 2.5
     levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
-    fake_levels: LogNormal = field(default_factory=LogNormal)
-    fake_steps: int = 1
+    game: Game = field(default_factory=Game)
 
     def __post_init__(self) -> None:
         if not 0 < self.c < math.inf:
             raise ValueError(f"c: must be positive and finite, got {self.c}")
-        if self.fake_steps < 1:
-            raise ValueError(f"fake_steps: must be at least 1, got {self.fake_steps}")
+
+    @property
+    def needs_real(self) -> bool:
+        return self.game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
-        """The generator, one call at sigma_init; and the fake score. Both start as copies of the template."""
-        return one_step_and_fake(template, generator, lambda d: OneStep(d, self.sigma_init * template.unit))
+        return self.game.players(template, generator)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {
-            "fake": Optimizer("adam", lr=1e-3, betas=(0.0, 0.99)),
-            "generator": Optimizer("adam", lr=5e-4, betas=(0.0, 0.99), schedule="cosine"),
-        }
+        return self.game.optimizers(generator=5e-4, fake=1e-3)
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
-        for _ in range(self.fake_steps):
-            yield fake_turn(self.fake_levels)
-        yield Turn(("generator",), self.loss)
+        return self.game.turns(self.loss, step, images)
 
-    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+    def loss(
+        self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
+    ) -> Tensor:
         """The loss per sample (B,), in units of the data's scale."""
-        x = nets["generator"](batch.z, batch.cond)
-        sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
-        noisy = perturb(x, sigma, batch.eps)
-        real, fake = teacher(noisy, sigma, batch.cond), nets["fake"](noisy, sigma, batch.cond)
-        c = self.c * math.sqrt(x[0].numel()) if self.distance == "huber" else None
-        return sim_loss(x / teacher.unit, fake / teacher.unit, real / teacher.unit, c)
+        view = self.game.view(nets, teacher, batch, self.levels, call, judged)
+        c = self.c * math.sqrt(view.x[0].numel()) if self.distance == "huber" else None
+        score_loss = sim_loss(view.x / teacher.unit, view.fake / teacher.unit, view.real / teacher.unit, c)
+        return score_loss + self.game.adversarial_loss(view)
+
+    def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
+        return self.game.health(nets, teacher, batch, self.levels)

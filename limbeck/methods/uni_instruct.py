@@ -19,27 +19,30 @@ switch                 default                                     what else
 ratio                  exp(logit) with its graph to x_sigma,       the code's ratio is L / (L - 1) of a loss L in the
                        brought to E_fake[r] = 1 in bins of u       hundreds; ``as_released`` leaves that 1 and detaches
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
+``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
+                                                                   ``sida``
+gate                   the critic counts after 100,000 images;     ``game.adversarial.after``; the code: 200,000
+                       r = 1 before
 =====================  ==========================================  ==================================================
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.critic import Critic, Game, RatioScale, generator_loss
+from limbeck.critic import Adversarial, RatioScale
 from limbeck.denoiser import Denoiser, expand
 from limbeck.divergence import DIVERGENCES
-from limbeck.fake import adversarial_fake_turn, fake_turn, one_step_and_fake
-from limbeck.generator import Generator, OneStep
+from limbeck.game import Game
+from limbeck.generator import Generator
 from limbeck.losses import l1_scale, per_sample
-from limbeck.noise import Karras, LogNormal
-from limbeck.objective import Batch, Turn, perturb
+from limbeck.noise import Karras
+from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
 
@@ -81,88 +84,75 @@ class UniInstruct:
     Attributes:
         divergence: a key of `divergence.DIVERGENCES`.
         as_released: the public code's form: the first term only, with h(1) constant.
-        sigma_init: level at which the generator calls its network.
         levels: law of the noise in the generator's turn.
-        fake_levels: law of the noise in the fake score's turn.
-        fake_steps: turns of the fake score before each of the generator.
         normalizer: l1, or none.
-        adversarial: factor on the generator's adversarial loss.
-        critic: factor on the critic's loss in the fake score's turn; reverse_kl without `adversarial` has no critic.
-        game: softplus (binary cross-entropy) or hinge.
         ratio_bins: bins of u in which the ratio is brought to mean 1.
+        game: what methods with a fake score share; its critic gives the ratio. reverse_kl needs none: with an
+            adversarial weight of 0 it has none, and no real samples are read.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
+    warm_start: ClassVar[bool] = True
 
     divergence: str = "jensen_shannon"
     as_released: bool = False
-    sigma_init: float = 2.5
     levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
-    fake_levels: LogNormal = field(default_factory=LogNormal)
-    fake_steps: int = 1
     normalizer: Literal["l1", "none"] = "l1"
-    adversarial: float = 0.0
-    critic: float = 1e-2
-    game: Game = "softplus"
     ratio_bins: int = 10
+    game: Game = field(default_factory=lambda: Game(adversarial=Adversarial(after=100_000)))
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence: unknown {self.divergence!r}, expected one of {', '.join(DIVERGENCES)}")
-        if self.fake_steps < 1:
-            raise ValueError(f"fake_steps: must be at least 1, got {self.fake_steps}")
-        for name in ("adversarial", "critic"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}")
         if not 1 <= self.ratio_bins <= 1000:
             raise ValueError(f"ratio_bins: must be 1 to 1,000, got {self.ratio_bins}")
+        if self.game.adversarial is None and self.divergence != "reverse_kl":
+            raise ValueError(
+                f"divergence: {self.divergence} needs the density ratio of a critic, and game.adversarial is missing; "
+                "reverse_kl does without"
+            )
+
+    @property
+    def _game(self) -> Game:
+        """The game without a critic that nobody would read."""
+        a = self.game.adversarial
+        idle = self.divergence == "reverse_kl" and a is not None and a.weight == 0
+        return replace(self.game, adversarial=None) if idle else self.game
 
     @property
     def needs_real(self) -> bool:
-        """Whether there is a critic."""
-        return self.divergence != "reverse_kl" or self.adversarial > 0
+        return self._game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
-        """The generator and the fake score; with a critic, its head and the running mean of the ratio."""
-
-        def build(denoiser: Denoiser) -> Generator:
-            return OneStep(denoiser, self.sigma_init * template.unit)
-
-        if not self.needs_real:
-            return one_step_and_fake(template, generator, build)
-        return {**one_step_and_fake(template, generator, build, Critic), "ratio": RatioScale(self.ratio_bins)}
+        """The players of the game and, with a critic, the running mean of its ratio."""
+        made = self._game.players(template, generator)
+        return made | ({"ratio": RatioScale(self.ratio_bins)} if self.needs_real else {})
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {
-            "fake": Optimizer("adam", lr=1e-3, betas=(0.0, 0.99)),
-            "generator": Optimizer("adam", lr=5e-4, betas=(0.0, 0.99), schedule="cosine"),
-        }
+        return self._game.optimizers(generator=5e-4, fake=1e-3)
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
-        for _ in range(self.fake_steps):
-            if self.needs_real:
-                yield adversarial_fake_turn(self.fake_levels, self.critic, self.game)
-            else:
-                yield fake_turn(self.fake_levels)
-        yield Turn(("generator",), self.loss)
+        return self._game.turns(self.loss, step, images)
 
-    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+    def loss(
+        self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
+    ) -> Tensor:
         """The normalised three terms plus the adversarial loss, per sample (B,)."""
-        x = nets["generator"](batch.z, batch.cond)
-        sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
-        noisy = perturb(x, sigma, batch.eps)
-        real = teacher(noisy, sigma, batch.cond)
-        weight = l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(sigma)
-        weight = weight / teacher.unit**2
-        if not self.needs_real:
-            fake, ratio = nets["fake"](noisy, sigma, batch.cond), None
-            return weight * uni_instruct_loss(x, noisy, sigma, fake, real, ratio, self.divergence)
-        fake, logits = cast(Critic, nets["fake"]).both(noisy, sigma, batch.cond)
+        view = self._game.view(nets, teacher, batch, self.levels, call, judged)
+        x, fake, real = view.x, view.fake, view.real
+        weight = (
+            l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(batch.u)
+        )
         if self.as_released:
-            h = DIVERGENCES[self.divergence].h(torch.ones_like(sigma))
+            h = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
             terms = -2 * h * per_sample((fake - real) * (fake - x))
         else:
-            ratio = cast(RatioScale, nets["ratio"]).ratio(logits, batch.u)
-            terms = uni_instruct_loss(x, noisy, sigma, fake, real, ratio, self.divergence)
-        return weight * terms + self.adversarial * x[0].numel() * generator_loss(logits, self.game)
+            ratio = torch.ones_like(view.sigma)
+            if view.logits is not None:
+                ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
+            terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence)
+        return weight * terms / teacher.unit**2 + self._game.adversarial_loss(view)
+
+    def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
+        return self._game.health(nets, teacher, batch, self.levels)

@@ -36,6 +36,14 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"network: {name} does not take these arguments: {error}") from None
 
 
+def takes(network: Any) -> tuple[list[int], int]:
+    """Shape of the samples and width of the condition rows that a network was built for."""
+    a = network.arguments
+    if "shape" in a:
+        return a["shape"], a["classes"]
+    return [a["in_channels"], a["img_resolution"], a["img_resolution"]], a["label_dim"]
+
+
 def for_samples(name: str, shape: Sequence[int], classes: int, options: Mapping[str, Any]) -> nn.Module:
     """A fresh network for samples of `shape` with condition rows of width `classes`; `options` are its other arguments.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from limbeck import artifact, data
+from limbeck import artifact, data, importer
 from limbeck.denoiser import Denoiser
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 
@@ -54,7 +54,8 @@ def load(source: str) -> Denoiser:
     Args:
         source: "exact:ring8", "exact:mog40", "exact:mixture8", "exact:policy4", "exact:gaussian"; "exact:FILE.toml", a
             mixture with `weights`, `means` and `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher
-            ("digits"); or a denoiser's safetensors file or run folder, with or without "file:" in front.
+            ("digits"); "edm:FILE.pkl", a pickle of EDM, read without running it; or a denoiser's safetensors file or
+            folder, with or without "file:" in front.
 
     Raises:
         ValueError: naming what is wrong.
@@ -62,12 +63,16 @@ def load(source: str) -> Denoiser:
     kind, _, rest = source.partition(":")
     if kind == "exact" and rest:
         return _exact(rest).eval()
+    if kind == "edm" and rest:
+        teacher = importer.load(Path(rest), "teacher")[0]
+        assert isinstance(teacher, Denoiser)
+        return teacher
     try:
         path = artifact.locate(rest if kind == "file" and rest else source, "denoiser")
     except ValueError:
         raise ValueError(
             f"teacher: no file or bundled teacher {source!r}; expected digits, exact:{'|'.join(EXACT)}, "
-            "exact:FILE.toml, exact:FILE.npz or file:PATH"
+            "exact:FILE.toml, exact:FILE.npz, edm:FILE.pkl or file:PATH"
         ) from None
     denoiser: Denoiser = artifact.load(path, "denoiser")
     return denoiser

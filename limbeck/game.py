@@ -1,0 +1,329 @@
+"""The alternating game of the score family: a generator, a fake score, and a critic where one is asked for.
+
+Methods that compare scores need grad log p_sigma of the generator. The fake score learns it by denoising the
+generator's samples, D_fake = argmin E |D(x + sigma eps; sigma) - x|^2 over x = G(z), with EDM's weight, in turns
+between those of the generator. What the generator minimises is the method's; everything else is here, so that every
+method can have several turns of the fake score, a critic, guidance, and a generator of several calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.critic import Adversarial, critic_loss, critic_on, generator_loss, nudged, r1_penalty, traced
+from limbeck.denoiser import Denoiser, guided
+from limbeck.generator import FewStep, Generator, OneStep
+from limbeck.losses import denoising, edm_weight
+from limbeck.noise import Karras, Law, Levels, LogNormal
+from limbeck.objective import Batch, State, Turn, perturb
+from limbeck.optimizer import Optimizer
+
+HEALTH_BINS = 6
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Scales of classifier-free guidance, D_none + scale (D_cond - D_none), as in SiD-LSG (arXiv:2406.01561).
+
+    Attributes:
+        fake_turn: of the fake score in its own turn (k1).
+        fake: of the fake score in the generator's turn (k2 = k3).
+        teacher: of the teacher in the generator's turn (k4).
+        dropout: share of labels dropped in the fake score's turn if `fake_turn` is not 1, so that D_none is trained.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    fake_turn: float = 1.0
+    fake: float = 1.0
+    teacher: float = 1.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("fake_turn", "fake", "teacher"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: must be finite, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout}")
+
+
+class View(NamedTuple):
+    """The generator's samples, noised, as teacher and fake score see them.
+
+    Attributes:
+        x: samples (B, *shape), with their graph.
+        sigma: levels (B,).
+        noisy: x + sigma eps.
+        real, fake: clean estimates at `noisy`.
+        logits: the critic's (B,), with their graph to `noisy`; None if there is no critic or it does not count yet.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    noisy: Tensor
+    real: Tensor
+    fake: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Game:
+    """What methods with a fake score share. Noise levels are in units of sigma_data / 0.5.
+
+    Attributes:
+        sigma_init: level at which the generator calls its network first.
+        calls: network calls of the generator; more than one is the few-step generator of arXiv:2505.12674.
+        fake_levels: law of the noise in the fake score's turn.
+        fake_steps: turns of the fake score before each of the generator.
+        fake_first: images for which the fake score (and critic) play alone at the start.
+        settle: 0; or a number of turns: the generator waits until the fake score's loss on fresh samples improves by
+            less than 1% from one such window to the next. For generators that the fake score does not know yet.
+        adversarial: a critic, which needs real samples; None = data-free.
+        guidance: scales of guidance.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    sigma_init: float = 2.5
+    calls: int = 1
+    fake_levels: Law = field(default_factory=LogNormal)
+    fake_steps: int = 1
+    fake_first: int = 0
+    settle: int = 0
+    adversarial: Adversarial | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_init < math.inf:
+            raise ValueError(f"sigma_init: must be positive and finite, got {self.sigma_init}")
+        for name, least in (("calls", 1), ("fake_steps", 1), ("fake_first", 0), ("settle", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+
+    def players(self, template: Denoiser, generator: Generator | None) -> dict[str, nn.Module]:
+        """A generator (a copy of the template, or the given one), the fake score (another copy), and a critic.
+
+        Raises:
+            ValueError: if a given generator makes samples of another shape, or the critic has no features to read.
+        """
+        if generator is not None and generator.shape != template.shape:
+            raise ValueError(f"generator: makes samples of shape {generator.shape}, the teacher's are {template.shape}")
+        made: dict[str, nn.Module] = {
+            "generator": generator or self._generator(copy.deepcopy(template)),
+            "fake": copy.deepcopy(template),
+        }
+        if self.adversarial is not None:
+            made["critic"] = critic_on(template)
+        if self.settle:
+            made["settling"] = Settling(self.settle)
+        return made
+
+    def _generator(self, denoiser: Denoiser) -> Generator:
+        if self.calls == 1:
+            return OneStep(denoiser, self.sigma_init * denoiser.unit)
+        # levels of EDM's sampler from u_init, where it passes sigma_init, down in `calls` equal steps of u
+        law = Karras()
+        low, high, start = (s ** (1 / law.rho) for s in (law.sigma_min, law.sigma_max, self.sigma_init))
+        u = (start - low) / (high - low) * (1 - torch.arange(self.calls, dtype=torch.float64) / self.calls)
+        return FewStep(denoiser, law.scaled(denoiser.unit).quantile(u).tolist())
+
+    def optimizers(self, generator: float, fake: float) -> dict[str, Optimizer]:
+        """Adam without momentum, at these learning rates; the critic's is the fake score's."""
+        slow = Optimizer("adam", lr=fake, betas=(0.0, 0.99), schedule="cosine")
+        made = {"fake": slow, "generator": Optimizer("adam", lr=generator, betas=(0.0, 0.99), schedule="cosine")}
+        return made | ({"critic": slow} if self.adversarial is not None else {})
+
+    def turns(self, loss: Callable[..., Tensor], step: int, images: int) -> Iterable[Turn]:
+        """`fake_steps` turns of the fake score, then one of the generator on the method's `loss`.
+
+        `loss(nets, teacher, batch, call=k, judged=b)`: k is the number of calls of a few-step generator, which goes
+        round from step to step; b says whether the critic counts yet.
+        """
+        call = 1 + step % self.calls
+        for _ in range(self.fake_steps):
+            yield self.fake_turn(call)
+        if images < self.fake_first:
+            return
+        judged = self.adversarial is not None and images >= self.adversarial.after
+        turn = functools.partial(loss, call=call, judged=judged)
+        yield Turn(("generator",), turn, _settled if self.settle else None)
+
+    def fake_turn(self, call: int = 1) -> Turn:
+        """One descent step of "fake", and of "critic" if there is one, on samples of the frozen generator."""
+
+        def loss(nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+            fake, a, scale = cast(Denoiser, nets["fake"]), self.adversarial, self.guidance.fake_turn
+            with torch.no_grad():
+                x = sample(nets["generator"], batch, call)
+            sigma, cond = self.fake_levels.scaled(teacher.unit).quantile(batch.u), batch.cond
+            if scale != 1 and cond is not None and batch.coin is not None:
+                cond = cond * (batch.coin >= self.guidance.dropout)[:, None]
+            noisy = perturb(x, sigma, batch.eps)
+            estimate, on_fake = self._judge(nets, fake, teacher, scale, noisy, sigma, cond)
+            value = denoising(estimate, x, sigma, fake.sigma_data)
+            if self.settle:
+                cast(Settling, nets["settling"]).add(value)
+            if a is None:
+                return value
+            assert batch.real is not None and on_fake is not None
+            noisy = perturb(batch.real, sigma, batch.eps)
+            _, on_real = self._judge(nets, fake, teacher, 1.0, noisy, sigma, batch.cond)
+            assert on_real is not None
+            game = critic_loss(on_real, on_fake, a.loss)
+            if a.r1:
+                assert batch.direction is not None
+                near = nudged(noisy, sigma, batch.direction, fake.sigma_data)
+                _, on_near = self._judge(nets, fake, teacher, 1.0, near, sigma, batch.cond)
+                assert on_near is not None
+                game = game + a.r1 * r1_penalty(on_real, on_near)
+            scale_of = edm_weight(sigma, fake.sigma_data) * fake.unit**2 if a.weighting == "edm" else 1.0
+            return value + a.critic * scale_of * game
+
+        return Turn(("fake",) if self.adversarial is None else ("fake", "critic"), loss)
+
+    def _judge(
+        self,
+        nets: nn.ModuleDict,
+        fake: Denoiser,
+        teacher: Denoiser,
+        scale: float,
+        noisy: Tensor,
+        sigma: Tensor,
+        cond: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The fake score's estimate, guided, and the critic's logits on the features of the fake score or teacher."""
+        if self.adversarial is None:
+            return guided(fake, scale, noisy, sigma, cond), None
+        if self.adversarial.features == "teacher":
+            _, features = traced(teacher, noisy, sigma, cond)
+            return guided(fake, scale, noisy, sigma, cond), nets["critic"](features)
+        estimate, features = traced(fake, noisy, sigma, cond)
+        if scale != 1 and cond is not None:
+            without = fake(noisy, sigma, torch.zeros_like(cond))
+            estimate = without + scale * (estimate - without)
+        return estimate, nets["critic"](features)
+
+    def view(
+        self,
+        nets: nn.ModuleDict,
+        teacher: Denoiser,
+        batch: Batch,
+        levels: Levels,
+        call: int | None = None,
+        judged: bool = True,
+        graph: bool = True,
+    ) -> View:
+        """What the generator's turn looks at.
+
+        Args:
+            levels: law of the noise, in units of sigma_data / 0.5.
+            call: of a few-step generator, see `turns`.
+            judged: ask the critic, if there is one.
+            graph: keep the graph of both estimates to the samples.
+        """
+        x = sample(nets["generator"], batch, call)
+        sigma = levels.scaled(teacher.unit).quantile(batch.u)
+        noisy = perturb(x, sigma, batch.eps)
+        fake = cast(Denoiser, nets["fake"])
+        asked = judged and self.adversarial is not None
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+            real = guided(teacher, self.guidance.teacher, noisy, sigma, batch.cond)
+            if not asked:
+                estimate = guided(fake, self.guidance.fake, noisy, sigma, batch.cond)
+                return View(x, sigma, noisy, real, estimate, None)
+        estimate, logits = self._judge(nets, fake, teacher, self.guidance.fake, noisy, sigma, batch.cond)
+        return View(x, sigma, noisy, real, estimate if graph else estimate.detach(), logits)
+
+    def adversarial_loss(self, view: View) -> Tensor:
+        """The generator's adversarial loss (B,), per sample and times its number of coordinates; 0 without a critic."""
+        if self.adversarial is None or view.logits is None or self.adversarial.weight == 0:
+            return torch.zeros_like(view.sigma)
+        return self.adversarial.weight * view.x[0].numel() * generator_loss(view.logits, self.adversarial.loss)
+
+    @torch.no_grad()
+    def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, levels: Levels) -> dict[str, Tensor]:
+        """How the game stands, on a batch that nobody has been trained on.
+
+        Returns:
+            gap/SIGMA: ln E |D_fake - D_real|^2 per coordinate, in units of the data's variance, in six bins of the
+            noise law, named by their middle level; fake_loss: the fake score's denoising loss.
+        """
+        view = self.view(nets, teacher, batch, levels, judged=False, graph=False)
+        gaps = (view.fake - view.real).flatten(1).square().mean(1) / teacher.sigma_data**2
+        bins = (batch.u * HEALTH_BINS).long()
+        middles = levels.quantile((torch.arange(HEALTH_BINS) + 0.5) / HEALTH_BINS).tolist()
+        told = {f"gap/{s:.3g}": gaps[bins == k].mean().log() for k, s in enumerate(middles) if (bins == k).any()}
+        sigma = self.fake_levels.scaled(teacher.unit).quantile(batch.u)
+        estimate = guided(
+            cast(Denoiser, nets["fake"]),
+            self.guidance.fake_turn,
+            perturb(view.x, sigma, batch.eps),
+            sigma,
+            batch.cond,
+        )
+        return told | {"fake_loss": denoising(estimate, view.x, sigma, teacher.sigma_data).mean()}
+
+
+def sample(generator: nn.Module, batch: Batch, call: int | None = None) -> Tensor:
+    """Samples (B, *shape) of the batch's latents; of a few-step generator after `call` calls, None = all."""
+    if isinstance(generator, FewStep):
+        x: Tensor = generator.roll(batch.z, batch.cond, call)
+    else:
+        x = generator(batch.z, batch.cond)
+    return x
+
+
+class Settling(State):
+    """Watches the fake score's loss on fresh samples, each seen before it is learned from: a held-out loss.
+
+    Args:
+        window: turns of which means are compared.
+    """
+
+    total: Tensor  # losses of this window
+    count: Tensor  # and their number
+    fresh: Tensor  # number of losses since the last commit
+    turns: Tensor  # turns of this window
+    before: Tensor  # mean of the window before
+    settled: Tensor
+
+    def __init__(self, window: int, improvement: float = 0.01) -> None:
+        super().__init__()
+        self.window, self.improvement = window, improvement
+        for name in ("total", "count", "fresh", "turns", "before", "settled"):
+            self.register_buffer(name, torch.tensor(math.inf if name == "before" else 0.0, dtype=torch.float64))
+
+    def add(self, losses: Tensor) -> None:
+        """Losses (B,) of one micro-batch."""
+        self.total += losses.detach().double().sum()
+        self.fresh += len(losses)
+
+    def commit(self) -> None:
+        if self.fresh == 0:  # a turn of somebody else
+            return
+        self.count += self.fresh
+        self.turns += 1
+        self.fresh.zero_()
+        if self.turns == self.window:
+            mean = self.total / self.count
+            if mean > (1 - self.improvement) * self.before:
+                self.settled.fill_(1.0)
+            self.before.copy_(mean)
+            for buffer in (self.total, self.count, self.turns):
+                buffer.zero_()
+
+    def told(self) -> dict[str, Tensor]:
+        """Whether the generator plays: 1, or 0."""
+        return {"settled": self.settled.clone()}
+
+
+def _settled(nets: nn.ModuleDict) -> bool:
+    return bool(cast(Settling, nets["settling"]).settled)

@@ -1,0 +1,59 @@
+"""Samples of a teacher that a run draws once and keeps: real samples for critics without data, pairs for regression.
+
+They lie in the run folder in parts, each written whole, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from limbeck import artifact
+from limbeck.denoiser import Denoiser
+from limbeck.evaluate.draws import generate, latents
+from limbeck.files import write_atomically
+from limbeck.objective import Pairs
+from limbeck.randomness import seed_of
+from limbeck.sample import heun
+from limbeck.source import one_hot
+
+PART = 500
+
+
+def teacher_pairs(
+    teacher: Denoiser, count: int, seed: int, steps: int, folder: Path, drawn: Callable[[int], None]
+) -> Pairs:
+    """`count` latents with what Heun's method of `steps` steps makes of them, and uniform labels where there are any.
+
+    Args:
+        folder: where parts are read from, or else written to.
+        drawn: is told how many pairs there are after every part; what it raises stops the work between two parts.
+    """
+    key = seed_of(artifact.fingerprint(teacher), seed, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Pairs] = []
+    for start in range(0, count, PART):
+        path = folder / f"{key:016x}-{start:09d}.safetensors"
+        asked = latents(seed, range(start, start + PART), teacher.shape, teacher.classes, "teacher")
+        cond = None if asked.labels is None else one_hot(asked.labels, teacher.classes)
+        x = _read(path)
+        if x is None or x.shape != asked.z.shape:
+            x = generate(lambda z, cond: heun(teacher, z, steps, cond=cond), asked, teacher.classes)
+            write_atomically(path, safetensors.torch.save({"x": x}))
+        parts.append(Pairs(asked.z, x, cond))
+        drawn(min(count, start + PART))
+    z, x = torch.cat([p.z for p in parts]), torch.cat([p.x for p in parts])
+    conds = [p.cond for p in parts if p.cond is not None]
+    return Pairs(z, x, torch.cat(conds) if conds else None).rows(slice(0, count))
+
+
+def _read(path: Path) -> torch.Tensor | None:
+    """The samples of a part; None if it is missing or damaged."""
+    try:
+        return safetensors.torch.load_file(str(path)).get("x")
+    except (OSError, safetensors.SafetensorError):
+        return None
