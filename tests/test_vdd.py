@@ -283,7 +283,7 @@ def trained(name: str, method: VDD, steps: int, seed: int = 0) -> tuple[Any, Exp
 
 
 def test_eight_experts_recover_eight_modes() -> None:
-    teacher, student = trained("exact:mixture8", VDD(), 200)
+    teacher, student = trained("exact:mixture8", VDD(), 500)
     assert kullback_leibler(student.log_prob, teacher.log_prob, 6.0, 241) <= 0.02
 
 
