@@ -93,7 +93,7 @@ def test_one_key_of_a_table_leaves_the_rest_as_the_method_has_it() -> None:
     default = methods.METHODS["sida"]().game
     adversarial = dataclasses.replace(default.adversarial, weight=0.5)
     assert sida.game == dataclasses.replace(default, fake_steps=3, adversarial=adversarial)
-    assert resolve({"method": {"name": "sid", "levels": {"rho": 5.0}}}).method.levels == noise.Karras(rho=5.0, stop=0.8)
+    assert resolve({"method": {"name": "sid", "levels": {"std": 1.0}}}).method.levels == noise.LogNormal(-1.2, 1.0)
     other = resolve({"method": {"name": "sida", "game": {"fake_levels": {"power": 2.0}}}}).method.game
     assert other == dataclasses.replace(default, fake_levels=noise.Power(power=2.0))
     assert resolve({"method": {"name": "sid", "game": {"adversarial": {"r1": 1.0}}}}).method.needs_real

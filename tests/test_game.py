@@ -36,7 +36,7 @@ from limbeck.methods.sid import SiD
 from limbeck.methods.sida import SiDA
 from limbeck.methods.sim import SIM
 from limbeck.networks.mlp import MLP
-from limbeck.noise import Karras, LogNormal
+from limbeck.noise import LogNormal
 from limbeck.objective import Batch, Pairs
 from limbeck.source import NoiseSource, RealSource
 from limbeck.train import NonFinite, Trainer
@@ -101,7 +101,7 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def test_special_cases_have_equal_gradients() -> None:
-    feed, start, matching = batch(), template(), DiffInstruct(levels=Karras(stop=0.8), weight="dmd")
+    feed, start, matching = batch(), template(), DiffInstruct(weight="dmd")
     nets = players(matching, start)
     truth = slope(matching, nets, feed)
     same(slope(DMD2(game=Game()), nets, feed), truth)
@@ -112,8 +112,8 @@ def test_special_cases_have_equal_gradients() -> None:
     same(slope(idle, judged, feed), truth)
     judged["ratio"].mean.mul_(3)  # the ratio does not matter to reverse KL
     same(slope(idle, judged, feed), truth)
-    plain = FDistill(divergence="reverse_kl", weight="uniform", levels=Karras(stop=0.8), game=idle.game)
-    same(slope(plain, judged, feed), slope(DiffInstruct(levels=Karras(stop=0.8)), nets, feed))
+    plain = FDistill(divergence="reverse_kl", weight="uniform", game=idle.game)
+    same(slope(plain, judged, feed), slope(DiffInstruct(), nets, feed))
     # and a divergence with a ratio is something else
     other = FDistill(game=idle.game)
     assert (slope(other, judged, feed) - truth).norm() > 1e-3 * truth.norm()
@@ -549,7 +549,7 @@ def test_health_is_measured_by_level() -> None:
     squares = (view.fake - view.real).square().mean(1) / LAW.sigma_data**2
     for (key, value), rows in zip(gaps.items(), torch.arange(N).chunk(6), strict=True):
         assert value.item() == pytest.approx(squares[rows].mean().log().item(), rel=1e-9)
-        middle = Karras(stop=0.8).quantile(feed.u[rows].mean())
+        middle = LogNormal().quantile(feed.u[rows].mean())
         assert float(key[4:]) == pytest.approx(middle.item(), rel=0.02)
     equal = nn.ModuleDict({"generator": nets["generator"], "fake": LAW})
     assert all(v == -math.inf for k, v in method.health(equal, LAW, feed).items() if k.startswith("gap/"))

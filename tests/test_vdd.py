@@ -283,12 +283,12 @@ def trained(name: str, method: VDD, steps: int, seed: int = 0) -> tuple[Any, Exp
 
 
 def test_eight_experts_recover_eight_modes() -> None:
-    teacher, student = trained("exact:mixture8", VDD(), 400)
+    teacher, student = trained("exact:mixture8", VDD(), 500)
     assert kullback_leibler(student.log_prob, teacher.log_prob, 6.0, 241) <= 0.02
 
 
 def test_experts_follow_a_policy_s_context() -> None:
-    teacher, student = trained("exact:policy4", VDD(), 400)
+    teacher, student = trained("exact:policy4", VDD(), 250)
     for c in (0.0, 0.5, 1.0):
         cond = torch.full((241**2, 1), c, dtype=torch.float64)
         told = kullback_leibler(

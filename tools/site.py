@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "Start": ["README.md"],
     "Use": ["docs/import.md", "docs/teachers.md", "docs/evaluation.md", "docs/export.md"],
-    "Methods": ["docs/score-family.md", "docs/pid.md", "docs/vardiu.md"],
+    "Methods": ["docs/score-family.md", "docs/pid.md"],
     "One page each": ["docs/methods/*.md"],
     "Build": ["docs/add-a-method.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"],
 }
