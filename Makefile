@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # two OpenMP pools on two cores slow each other down: tests run with one thread each
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint accept assets clean
+.PHONY: demo test lint accept docs assets web-runtime clean
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(BIN)/limbeck distill recipes/digits-pid.toml --out runs/demo
@@ -22,12 +22,20 @@ accept: $(VENV)/.test
 	$(BIN)/python tools/accept.py
 	$(BIN)/python tools/tables.py
 
+docs: $(VENV)/.test
+	$(BIN)/python tools/tables.py
+	$(BIN)/python tools/site.py site
+
 # the bundled models, from their recipes
 assets: $(VENV)/.test
 	$(BIN)/limbeck teach recipes/digits-classifier.toml --out runs/digits-classifier
 	$(BIN)/python tools/bundle.py runs/digits-classifier digits
 	$(BIN)/limbeck teach recipes/digits-teacher.toml --out runs/digits-teacher
 	$(BIN)/python tools/bundle.py runs/digits-teacher digits
+
+# what runs a generator in the browser; needs npm
+web-runtime: $(VENV)/.demo
+	$(BIN)/python tools/web_runtime.py web-runtime
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,4 +48,4 @@ $(VENV)/.test: $(VENV)/.demo requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "config", "data", "denoiser", "evaluate", "exact", "features", "generator", "losses", "methods", "networks",
-    "noise", "objective", "run", "sample", "schedule", "teachers", "teaching", "train",
+    "config", "data", "denoiser", "doctor", "evaluate", "exact", "export", "features", "generator", "hub", "importer",
+    "losses", "methods",
+    "networks", "noise", "objective", "run", "sample", "schedule", "teachers", "teaching", "train",
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -20,15 +20,18 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from limbeck import networks
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck import networks, schedule
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned, Rescaled
+from limbeck.experts import Experts
 from limbeck.files import write_atomically
-from limbeck.generator import Dirac, FewStep, Generator, OneStep, Trajectory
+from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 
 FORMAT = 1
 KINDS = ("generator", "denoiser", "classifier")
+TENSORS = 10_000  # in one file; the largest networks here have 600
 
 
 def bundled(name: str) -> Path:
@@ -44,7 +47,9 @@ def locate(source: str, kind: str) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        path = path / f"{kind}.safetensors"
+        # a folder with a model of another kind is refused where that is loaded, by its name
+        files = [path / f"{name}.safetensors" for name in (kind, *KINDS)]
+        path = next((file for file in files if file.is_file()), path)
     if path.is_file():
         return path
     names = sorted(p.name.removesuffix(f"-{kind}.safetensors") for p in bundled("").glob(f"*-{kind}.safetensors"))
@@ -91,13 +96,12 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one of Limbeck's, or is newer than this version.
     """
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get("limbeck")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    text = _metadata(path)
     if text is None:
-        raise ValueError(f"{path}: a safetensors file without Limbeck's card in its metadata")
+        raise ValueError(
+            f"{path}: a safetensors file without Limbeck's card in its metadata, and no "
+            f"{Path(path).with_suffix('.json').name} beside it"
+        )
     try:
         card = json.loads(text)
         version, kind = card["format"], card["kind"]
@@ -111,8 +115,25 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     return card
 
 
-def load(path: str | os.PathLike[str], kind: str) -> Any:
+def is_carded(path: str | os.PathLike[str]) -> bool:
+    """Does a safetensors file carry Limbeck's card?"""
+    return _metadata(path) is not None
+
+
+def _metadata(path: str | os.PathLike[str]) -> str | None:
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            text: str | None = (file.metadata() or {}).get("limbeck")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return text
+
+
+def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | None = None) -> Any:
     """Rebuild the module of a file, in float32 and eval mode.
+
+    Args:
+        network: the caller's own class, for a file whose network is none of Limbeck's.
 
     Raises:
         ValueError: if the file is damaged, holds another kind of model, or its weights do not fit its card.
@@ -120,36 +141,71 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    tensors = safetensors.torch.load_file(str(path))
-    with _reading(path, kind), torch.device("meta"):
-        # a size, or a number of blocks, of which the file cannot hold one byte each
-        if _largest(card["card"]) > max(os.path.getsize(path), 2**16):
+    return rebuild(path, kind, card.get("card"), read_tensors(path), network)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it cannot be read, or holds more than a network has.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            count = len(file.keys())
+        if count > TENSORS:
+            raise ValueError(f"{path}: holds {count:,} tensors, more than any network here")
+        return safetensors.torch.load_file(str(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def rebuild(
+    path: str | os.PathLike[str],
+    kind: str,
+    card: Any,
+    tensors: Mapping[str, Tensor],
+    network: type[nn.Module] | None = None,
+) -> Any:
+    """The module of a card and of the weights that came with it, in float32 and eval mode.
+
+    Args:
+        network: the caller's own class, for a card whose network is none of Limbeck's.
+
+    Raises:
+        ValueError: naming the file `path`, if names, shapes or numbers do not fit each other exactly.
+    """
+    place = torch.device("meta" if network is None else "cpu")  # a caller's class may read values
+    with _reading(path, kind), place, _at_most(len(tensors) + 1000):
+        # a size of which the file cannot hold one byte each
+        if _largest(card) > max(os.path.getsize(path), 2**16):
             raise ValueError("it claims a network larger than the file")
-        wanted = _BUILDERS[kind](card["card"]).state_dict()
+        wanted = _BUILDERS[kind](card, network).state_dict()
     _compare(wanted, tensors, path)  # before memory is taken for sizes that a card merely claims
     with _reading(path, kind), torch.random.fork_rng(devices=[]):
-        module = _BUILDERS[kind](card["card"]).eval()
+        module = _BUILDERS[kind](card, network).eval()
         module.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
         _try_out(module)
     return module
 
 
-def load_generator(path: str | os.PathLike[str]) -> Generator:
+def load_generator(path: str | os.PathLike[str], network: type[nn.Module] | None = None) -> Generator:
     """A generator, in float32 and eval mode: generator(z, cond) with z ~ N(0, I) of shape (n, *generator.latent_shape).
 
     Args:
         path: a generator's safetensors file, or a run folder.
+        network: the caller's own class, for a generator whose network is none of Limbeck's.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    generator: Generator = load(locate(str(path), "generator"), "generator")
+    generator: Generator = load(locate(str(path), "generator"), "generator", network)
     return generator
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over a module's class, and the names, shapes and values of its tensors."""
-    digest = hashlib.sha256(type(module).__name__.encode())
+    """SHA-256 over a module's class and form, and the names, shapes and values of its tensors."""
+    digest = hashlib.sha256(f"{type(module).__name__}{getattr(module, 'form', '')}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -166,6 +222,24 @@ def _reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
         raise ValueError(f"{path}: its card does not describe a {kind} ({reason})") from None
 
 
+@contextlib.contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Stop a construction at more than `count` parameters: a number in a card may ask for billions of layers."""
+    made = 0
+
+    def count_up(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += parameter is not None
+        if made > count:
+            raise ValueError(f"its network has more than {count} tensors, and the file fewer")
+
+    hook = register_module_parameter_registration_hook(count_up)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _largest(value: Any) -> int:
     """The largest integer in nested lists and dictionaries."""
     if isinstance(value, Mapping | list):
@@ -176,7 +250,8 @@ def _largest(value: Any) -> int:
 def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     if wanted.keys() != tensors.keys():
         odd = sorted(wanted.keys() ^ tensors.keys())[0]
-        raise ValueError(f"{path}: {odd} is {'missing' if odd in wanted else 'not part of the network'}")
+        shown = " ".join(odd.split())[:100]  # it may be the file's own text
+        raise ValueError(f"{path}: {shown} is {'missing' if odd in wanted else 'not part of the network'}")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
@@ -186,7 +261,12 @@ def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: 
 
 @torch.no_grad()
 def _try_out(module: Any) -> None:
-    """One call on zeros: numbers of a card that do not fit each other fail here, not later in the user's hands."""
+    """One call on zeros: numbers of a card that do not fit each other fail here, not later in the user's hands.
+
+    Samples of more than 2^14 values could cost more memory and time than the file is worth.
+    """
+    if math.prod(module.shape) > 2**14:
+        return
     level = (torch.ones(1),) if isinstance(module, Denoiser) else ()
     call = getattr(module, "logits", module)  # a classifier's own call stops at its features
     shape = getattr(module, "latent_shape", module.shape)
@@ -194,34 +274,41 @@ def _try_out(module: Any) -> None:
         raise ValueError("its output is not finite")
 
 
-def _denoiser(card: Mapping[str, Any]) -> Denoiser:
-    return Preconditioned(
-        networks.build(card["network"], card["arguments"]),
-        tuple(card["shape"]),
-        card["classes"],
-        card["sigma_data"],
-        card["sigma_min"],
-        math.inf if card["sigma_max"] is None else card["sigma_max"],
-        card["noise_unit"],
-    )
+def _denoiser(card: Mapping[str, Any], own: type[nn.Module] | None) -> Denoiser:
+    network = networks.build(card["network"], card["arguments"], own)
+    if networks.takes(network) not in (None, (list(card["shape"]), card["classes"])):
+        raise ValueError("its network is for samples of another shape or number of classes")
+    sigma_max = math.inf if card["sigma_max"] is None else card["sigma_max"]
+    law = (tuple(card["shape"]), card["classes"], card["sigma_data"], card["sigma_min"], sigma_max)
+    match card.get("preconditioning", "edm"):
+        case "edm":
+            return Preconditioned(network, *law, card["noise_unit"])
+        case "rescaled":
+            return Rescaled(network, schedule.named(card["schedule"]), card["output"], *law)
+        case form:
+            return EpsPreconditioned(network, form, *law, card["steps"], card["beta_d"], card["beta_min"])
 
 
-def _generator(card: Mapping[str, Any]) -> Generator:
+def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generator:
     if card["generator"] == "dirac":
         return Dirac(card["shape"], card["classes"], card["scale"])
-    denoiser = _denoiser(card["denoiser"])
+    if card["generator"] == "experts":
+        return Experts(tuple(card["shape"]), *(card[key] for key in ("classes", "experts", "width", "scale")))
+    denoiser = _denoiser(card["denoiser"], own)
     match card["generator"]:
         case "one_step":
             return OneStep(denoiser, card["sigma"])
         case "few_step":
             return FewStep(denoiser, card["sigmas"])
+        case "direct" if isinstance(denoiser, Preconditioned):
+            return Direct(denoiser, card["noise"])
         case "trajectory":
             return Trajectory(denoiser, Karras(**card["levels"]))
         case other:
             raise ValueError(f"unknown generator {other!r}")
 
 
-def _classifier(card: Mapping[str, Any]) -> nn.Module:
+def _classifier(card: Mapping[str, Any], own: type[nn.Module] | None) -> nn.Module:
     from limbeck.features import Classifier  # features loads its networks through this module
 
     if card["network"] != "classifier":

@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from limbeck.files import check_file, check_folder
 
@@ -29,16 +29,31 @@ VERBS = {
         "score runs, generators, teachers and samples side by side",
     ),
     "compare": ("GRID.toml --out DIR [--features F]", "run a grid of recipes and put their scores side by side"),
+    "export": (
+        "FILE --to onnx|torch|diffusers|hub|web --out PATH [--runtime DIR] [--serve]",
+        "write a generator in a form that other programs, or a browser, open",
+    ),
     "reference": ("DATA --features F --out FILE.npz", "measure the moments that Fréchet distances refer to"),
+    "import": (
+        "FILE --out DIR [--as teacher|generator --sigma-init S]",
+        "turn a checkpoint of EDM, SiD, Diff-Instruct or PID into a file of Limbeck's, without running it",
+    ),
+    "doctor": ("TEACHER [--out DIR] [--seconds N] [--json]", "look for mistakes in a teacher, without data"),
     "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
 
-FLAGS = ("json", "unification")
+FLAGS = ("json", "unification", "serve")
 
 
 class Mistake(ValueError):
     """A user's mistake on the command line."""
+
+
+class Unhealthy(Exception):
+    """The doctor found faults."""
+
+    code = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,6 +217,53 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """Options of `limbeck export`.
+
+    Attributes:
+        to: onnx, torch (a torch.export program), diffusers (a pipeline's folder), hub (a folder for the Hugging Face
+            Hub) or web (a folder with a page on which the generator runs).
+        out: the .onnx or .pt2 file, or a new folder.
+        runtime: for web, the folder that holds onnxruntime-web's three files (`make web-runtime`).
+        serve: for web, serve the folder to this machine's browser afterwards, until Ctrl-C.
+        port: of --serve; 0 takes a free one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    to: Literal["onnx", "torch", "diffusers", "hub", "web"]
+    out: str
+    runtime: str = "web-runtime"
+    serve: bool = False
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if self.serve and self.to != "web":
+            raise ValueError(f"serve: goes with --to web, not --to {self.to}")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port: must lie between 0 and 65535, got {self.port}")
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Options of `limbeck doctor`.
+
+    Attributes:
+        out: folder for doctor.json and samples.png.
+        seconds: about the longest that it may take; large networks get fewer samples.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    out: str | None = None
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seconds <= 86400:
+            raise ValueError(f"seconds: must be 1 to 86,400, got {self.seconds:g}")
+
+
+@dataclass(frozen=True)
 class ReferenceOptions:
     """Options of `limbeck reference`.
 
@@ -221,6 +283,49 @@ class ReferenceOptions:
         if Path(self.out).suffix != ".npz":
             raise ValueError(f"out: must end in .npz, got {self.out}")
         check_file(self.out)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of `limbeck import`.
+
+    Attributes:
+        out: the folder to write.
+        role: teacher or generator (--as), where the file does not say it.
+        sigma_init: noise level of a one-step generator; by default SiD trains at 2.5, Diff-Instruct at 1.0.
+        preconditioning: edm, vp or ve, for bare weights that are no PID student.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    out: str
+    role: Literal["teacher", "generator"] | None = None
+    sigma_init: float | None = None
+    preconditioning: Literal["edm", "vp", "ve"] | None = None
+
+
+def _import(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, importer
+
+    if "as" in keys:
+        keys["role"] = keys.pop("as")
+    try:
+        options: ImportOptions = config.validate(ImportOptions, keys)
+    except ValueError as error:
+        raise Mistake(str(error).replace("role", "as")) from None  # `as` cannot be a field's name in Python
+    path = Path(_one(words, "FILE"))
+    target = importer.convert(path, Path(options.out), options.role, options.sigma_init, options.preconditioning)
+    _say(f"{path}: {target.stem} in {target}; nothing of the file was run. {importer.LICENCE}")
+
+
+def _network(keys: dict[str, Any]) -> Any:
+    """The class that `--network pkg.mod:Class` names, None without it."""
+    target = keys.pop("network", None)
+    if target is None:
+        return None
+    from limbeck import networks
+
+    return networks.named_by_caller(str(target))
 
 
 def _methods(words: list[str], keys: dict[str, Any]) -> None:
@@ -286,17 +391,19 @@ def _literal(text: Any) -> Any:
 def _distill(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, methods, run
 
+    network = _network(keys)
     table, out, as_json = _recipe(words, keys, "teacher", "pid")
     recipe = config.resolve(table, methods.METHODS, foreign=True)
-    _print_result(run.run_distillation(recipe, out, _say), as_json)
+    _print_result(run.run_distillation(recipe, out, _say, network=network), as_json)
 
 
 def _teach(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, run
 
+    network = _network(keys)
     table, out, as_json = _recipe(words, keys, "data", "denoising")
     recipe = config.resolve(table, config.TEACHING)
-    _print_result(run.run_teaching(recipe, out, _say), as_json)
+    _print_result(run.run_teaching(recipe, out, _say, network), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -313,14 +420,14 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck.generator import Generator
     from limbeck.pictures import overview, png, to_bytes
 
-    source = _one(words, "FILE")
+    source, network = _one(words, "FILE"), _network(keys)
     if "class" in keys:
         keys["label"] = keys.pop("class")
     try:
         options: SampleOptions = config.validate(SampleOptions, keys)
     except ValueError as error:
         raise Mistake(str(error).replace("label", "class")) from None  # `class` cannot be a field's name in Python
-    model = _model(source)
+    model = _model(source, network)
     sampler, calls, shape, classes = summary.sampler_of(model, options.steps)
     if "steps" in keys and isinstance(model, Generator):
         raise Mistake(f"steps: belongs to teachers; {source} is a generator and takes {calls} network call(s)")
@@ -350,20 +457,20 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     _say(f"{options.count} samples in {out}")
 
 
-def _model(source: str) -> Any:
+def _model(source: str, network: Any = None) -> Any:
     """A generator's file or run folder, else a teacher."""
     from limbeck import artifact, teachers
 
     path = Path(source)
     if path.is_dir() and (path / "generator.safetensors").is_file():
-        return artifact.load_generator(path)
-    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
-        return artifact.load_generator(path)
+        return artifact.load_generator(path, network)
+    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
+        return artifact.load_generator(path, network)
     if (path / "classifier.safetensors").is_file():
         raise ValueError(f"{path}: holds a classifier, which draws no samples")
     if path.is_dir() and not (path / "denoiser.safetensors").is_file():
         raise ValueError(f"{path}: has no finished model yet")
-    return teachers.load(source)
+    return teachers.load(source, network)
 
 
 def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
@@ -374,13 +481,13 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
 
     if not words:
         raise Mistake("FILE: expected at least one, got none")
-    as_json = keys.pop("json", None) == "true"
+    as_json, network = keys.pop("json", None) == "true", _network(keys)
     options: EvaluateOptions = config.validate(
         EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size", "teacher") if key in keys}
     )
     settings: Evaluation = config.validate(Evaluation, keys)
     out = None if options.out is None else _folder(options.out)
-    result = contest(words, settings, out, _say, options.against, options.size, options.teacher)
+    result = contest(words, settings, out, _say, options.against, options.size, network, options.teacher)
     if rank_and_world()[0] != 0:
         return
     if as_json:
@@ -401,6 +508,23 @@ def _compare(words: list[str], keys: dict[str, Any]) -> None:
     _print_result(compare.compare(Path(_one(words, "GRID.toml")), out, _say, features), as_json)
 
 
+def _export(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config
+    from limbeck.export import export
+
+    source = _one(words, "FILE")
+    options: ExportOptions = config.validate(ExportOptions, keys)
+    done = export(source, options.to, options.out, options.runtime)
+    _say(
+        f"{done.path}: {done.size / 1e6:.1f} MB, largest difference to PyTorch {done.difference:.1e} "
+        f"over {done.samples} samples"
+    )
+    if options.serve:
+        from limbeck.export.web import serve
+
+        serve(done.path, options.port, _say)
+
+
 def _reference(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, data
     from limbeck.evaluate.judge import measured_reference
@@ -411,6 +535,28 @@ def _reference(words: list[str], keys: dict[str, Any]) -> None:
     samples = data.load(source, options.size)
     measured_reference(samples, options.features)[0].save(Path(options.out))
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
+
+
+def _doctor(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import config, doctor, teachers
+    from limbeck.files import write_atomically
+    from limbeck.pictures import overview, png
+
+    source, network, as_json = _one(words, "TEACHER"), _network(keys), keys.pop("json", None) == "true"
+    options: DoctorOptions = config.validate(DoctorOptions, keys)
+    diagnosis = doctor.examine(teachers.load(source, network), options.seconds)
+    text = json.dumps({"teacher": source, **diagnosis.table()}, indent=1)
+    if options.out is not None:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "doctor.json", text + "\n")
+        x = diagnosis.samples[:64]
+        picture = overview(x, 8, float(x.abs().max()) * 1.05) if len(x) and x.isfinite().all() else None
+        if picture is not None:
+            write_atomically(out / "samples.png", png(picture))
+    print(text if as_json else "\n".join(diagnosis.lines()))
+    if diagnosis.findings:
+        raise Unhealthy(f"{source}: {', '.join(finding.check for finding in diagnosis.findings)}")
 
 
 def _show(words: list[str], keys: dict[str, Any]) -> None:
@@ -431,10 +577,16 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "reference", "evaluate"):
+    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import", "doctor"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
+    if verb in ("distill", "teach", "sample", "evaluate", "doctor"):
+        print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
+    if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show"):
+        print("--json                            print the result as JSON")
+    if verb == "compare":
+        print("--features F                      replaces evaluate.features of all runs, e.g. by a TorchScript file")
 
 
 ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
@@ -443,7 +595,10 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "compare": _compare,
+    "export": _export,
+    "import": _import,
     "reference": _reference,
+    "doctor": _doctor,
     "methods": _methods,
     "show": _show,
 }

@@ -4,20 +4,26 @@ A grid file is TOML:
 
     title = "Student score over N"
     metric = "fd_feature"              # what the curves show
+    also = ["fd_pixel"]                # more metrics for the table (optional)
     x = "method.N"                     # the key along their horizontal axis (optional)
     euler = true                       # score the teacher's Euler solver on each cell's grid beside the student (PID)
     [base]                             # recipe keys, as in a recipe file
     teacher = "digits"
+    [[variant]]                        # named settings over the base (optional); each is combined with the whole grid
+    name = "features"
+    method.metric = "features"
+    method.features = "digits"
     [grid]                             # every combination of these values is one run
     "method.N" = [18, 35, 70]
     seed = [0, 1, 2]
+
+A variant may have a `grid` of its own, which replaces keys of the common one.
 
 Interrupted comparisons continue: finished cells are read, unfinished ones go on from their checkpoints.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -37,7 +43,7 @@ from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
 
-KEYS = ("title", "intro", "metric", "x", "euler", "base", "grid")
+KEYS = ("title", "intro", "metric", "also", "x", "euler", "base", "variant", "grid")
 
 
 def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | None = None) -> dict[str, Any]:
@@ -58,14 +64,15 @@ def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | 
     check_folder(out)
     cells = _cells(grid, path, features)
     judges = _checked(grid, path, out, cells)
+    metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
     rows: list[dict[str, Any]] = []
     solved: dict[str, dict[str, float]] = {}
     for number, (name, settings, recipe) in enumerate(cells, 1):
         tell(f"[{number}/{len(cells)}] {name}")
         told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
         row: dict[str, Any] = {"name": name, "settings": settings}
-        keys = ("images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes")
-        row |= {key: told[key] for key in keys if key in told}
+        kept = ("steps", "images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes", "history")
+        row |= {key: told[key] for key in kept if key in told}
         if grid.get("euler"):
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
@@ -73,10 +80,10 @@ def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | 
         rows.append(row)
     result = {
         "title": grid.get("title", path.stem),
-        "metric": grid.get("metric", "fd_feature"),
+        "metric": metrics[0],
         "grid": grid,
         "rows": rows,
-        "summary": _over_seeds(rows, grid.get("metric", "fd_feature")),
+        "summary": _over_seeds(rows, metrics),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -89,75 +96,86 @@ def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | 
 
 def _checked(
     grid: Mapping[str, Any], path: Path, out: Path, cells: Sequence[tuple[str, dict[str, Any], Recipe]]
-) -> dict[str, Judge | None]:
+) -> dict[str, Judge]:
     """The judge of every cell by name.
 
     Raises:
         ValueError: for whatever would end a cell, or the table at the end.
     """
-    for key, kind, known in (
-        ("title", "text", str),
-        ("intro", "text", str),
-        ("metric", "text", str),
-        ("euler", "true or false", bool),
-    ):
-        if key in grid and not isinstance(grid[key], known):
-            raise ValueError(f"{path}: {key}: must be {kind}, got {grid[key]!r}")
-    axis = grid.get("x")
-    if axis is not None:
-        values = grid.get("grid", {}).get(axis) if isinstance(axis, str) else None
-        if values is None:
-            raise ValueError(f"{path}: x: {axis!r} is not a key of grid ({', '.join(grid.get('grid', {}))})")
-        if not all(isinstance(value, int | float) for value in values):
-            raise ValueError(f"{path}: x: the values of {axis} are not all numbers")
-    known_judges: dict[str, Judge | None] = {}
-    judges: dict[str, Judge | None] = {}
-    for name, _, recipe in cells:
+    kinds = {"title": str, "intro": str, "metric": str, "euler": bool}
+    for key, kind in kinds.items():
+        if key in grid and not isinstance(grid[key], kind):
+            wanted = "text" if kind is str else "true or false"
+            raise ValueError(f"{path}: {key}: must be {wanted}, got {grid[key]!r}")
+    also, axis = grid.get("also", []), grid.get("x")
+    if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
+        raise ValueError(f"{path}: also: must be a list of metrics, got {also!r}")
+    shared: dict[str, Judge] = {}
+    judges: dict[str, Judge] = {}
+    for name, settings, recipe in cells:
         if name in judges:
             raise ValueError(f"{path}: grid: two cells are called {name}; every value may stand there once")
-        key = json.dumps([recipe.teacher, config.plain(recipe.evaluate), recipe.size])
-        try:
-            judge = run.distillation(recipe, out / name, judge=known_judges.get(key)).judge
-        except ValueError as error:
-            raise ValueError(f"{path}: {name}: {error}") from None
-        judges[name] = known_judges[key] = judge
+        if axis is not None and not isinstance(settings.get(axis), int | float):
+            raise ValueError(f"{path}: x: {axis!r} must be a key of the grid whose values are numbers")
         if grid.get("euler") and not isinstance(recipe.method, PID):
             raise ValueError(f"{path}: euler: only PID has a grid of N levels, {name} has another method")
+        key = json.dumps([recipe.teacher, config.plain(recipe.evaluate), recipe.size])
+        try:
+            judge = run.distillation(recipe, out / name, lambda line: None, judge=shared.get(key)).judge
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
         if judge is None:
             raise ValueError(f"{path}: {name}: nothing to score against (set evaluate.data and evaluate.features)")
-    metric = grid.get("metric", "fd_feature")
-    measured = set().union(*(judge.names for judge in judges.values() if judge is not None))
-    if metric not in measured:
-        raise ValueError(f"{path}: metric: no run has {metric!r}, they have {', '.join(sorted(measured))}")
+        judges[name] = shared[key] = judge
+        for metric in (grid.get("metric", "fd_feature"), *also):
+            if metric not in judge.names:
+                known = ", ".join(sorted(judge.names))
+                raise ValueError(f"{path}: metric: {name} will not have {metric!r}; it has {known}")
     return judges
 
 
 def _cells(grid: Mapping[str, Any], path: Path, features: str | None) -> list[tuple[str, dict[str, Any], Recipe]]:
     """(name, varied settings, recipe) of every cell, all validated."""
-    base, axes = grid.get("base", {}), grid.get("grid", {})
+    base, axes, variants = grid.get("base", {}), grid.get("grid", {}), grid.get("variant", [{}])
     for name, table in (("base", base), ("grid", axes)):
         if not isinstance(table, dict):
             raise ValueError(f"{path}: {name}: must be a table")
-    for key, values in axes.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: grid.{key}: must be a list of values")
+    if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
+        raise ValueError(f"{path}: variant: must be a list of tables, [[variant]]")
+    names = [variant.get("name") for variant in variants]
+    if variants != [{}] and (not all(isinstance(n, str) and n for n in names) or len({*names}) < len(names)):
+        raise ValueError(f"{path}: variant.name: every variant needs a name of its own, got {names}")
     cells = []
-    for values in itertools.product(*axes.values()):
-        settings = dict(zip(axes, values, strict=True))
-        table = copy.deepcopy(base)
-        for key, value in settings.items():
-            config.set_dotted(table, key, value)
-        config.refuse_program(table, path)
-        if features is not None:
-            config.set_dotted(table, "evaluate.features", features)
-        name = "-".join(f"{key.split('.')[-1]}_{value}" for key, value in settings.items()) or "run"
-        cells.append((name.replace("/", "_").replace(":", "_"), settings, config.resolve(table, methods.METHODS)))
+    for variant in variants:
+        own = variant.get("grid", {})
+        overrides = {key: value for key, value in variant.items() if key not in ("name", "grid")}
+        if not isinstance(own, dict):
+            raise ValueError(f"{path}: variant.grid: must be a table")
+        varied = {**axes, **own}
+        for key, values in varied.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"{path}: grid.{key}: must be a list of values")
+        for values in itertools.product(*varied.values()):
+            settings = dict(zip(varied, values, strict=True))
+            table = config.merged(base, overrides)
+            for key, value in settings.items():
+                config.set_dotted(table, key, value)
+            config.refuse_program(table, path)
+            if features is not None:
+                config.set_dotted(table, "evaluate.features", features)
+            parts = [f"{key.split('.')[-1]}_{value}" for key, value in settings.items()]
+            if variant:
+                parts.insert(0, variant["name"])
+                settings = {"variant": variant["name"], **settings}
+            name = "-".join(parts) or "run"
+            name = name.replace("/", "_").replace(":", "_").replace(" ", "_")
+            cells.append((name, settings, config.resolve(table, methods.METHODS)))
     return cells
 
 
-def _euler_scores(recipe: Recipe, judge: Judge | None) -> dict[str, float]:
+def _euler_scores(recipe: Recipe, judge: Judge) -> dict[str, float]:
     """Scores of the teacher's Euler solver on the N levels of a PID recipe: the fixed point of its student."""
-    assert isinstance(recipe.method, PID) and judge is not None
+    assert isinstance(recipe.method, PID)
     teacher = teachers.load(recipe.teacher or "")
     levels = recipe.method.levels.scaled(teacher.unit).grid(recipe.method.N)[:-1]
     settings = recipe.evaluate
@@ -182,29 +200,62 @@ class _EulerSampler:
         return euler(self.teacher, z, sigmas=self.levels, cond=cond)
 
 
-def _over_seeds(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the metric over the seeds of equal settings."""
+def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the metrics over the seeds of equal settings; the first one's with anchors."""
+    told = []
+    for key, group in _groups(rows).items():
+        first, metric = group[0], metrics[0]
+        found = {name: [row["student"]["metrics"][name] for row in group if name in _scores(row)] for name in metrics}
+        values = found[metric]
+        one: dict[str, Any] = {
+            **json.loads(key),
+            "seeds": len(values),
+            "student": statistics.fmean(values),
+            "spread": _spread(values),
+            "euler": first.get("euler", {}).get("metrics", {}).get(metric),
+            "teacher": first.get("teacher_scores", {}).get("metrics", {}).get(metric),
+            "floor": first.get("floor", {}).get("metrics", {}).get(metric),
+        }
+        for name in metrics[1:]:
+            one[name] = statistics.fmean(found[name]) if found[name] else None
+            one[f"{name} spread"] = _spread(found[name])
+            one[f"{name} floor"] = first.get("floor", {}).get("metrics", {}).get(name)
+        seconds = statistics.fmean(row["seconds"] for row in group)
+        told.append(
+            {**one, "images": first["images"], "seconds": seconds, "ms per step": 1000 * seconds / first["steps"]}
+        )
+    return told
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of equal settings but for the seed."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps({k: v for k, v in row["settings"].items() if k != "seed"}), []).append(row)
-    told = []
-    for key, group in groups.items():
-        values = [row["student"]["metrics"][metric] for row in group if metric in row.get("student", {})["metrics"]]
-        first = group[0]
-        told.append(
-            {
-                **json.loads(key),
-                "seeds": len(values),
-                "student": statistics.fmean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else None,
-                "euler": first.get("euler", {}).get("metrics", {}).get(metric),
-                "teacher": first.get("teacher_scores", {}).get("metrics", {}).get(metric),
-                "floor": first.get("floor", {}).get("metrics", {}).get(metric),
-                "images": first["images"],
-                "seconds": statistics.fmean(row["seconds"] for row in group),
-            }
-        )
-    return told
+    return groups
+
+
+def _scores(row: Mapping[str, Any]) -> Mapping[str, float]:
+    scores: Mapping[str, float] = row.get("student", {}).get("metrics", {})
+    return scores
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def history(rows: list[dict[str, Any]], metric: str) -> dict[str, list[tuple[float, float]]]:
+    """(images, mean over seeds) of what was measured on the way, by settings."""
+    series = {}
+    for key, group in _groups(rows).items():
+        found: dict[float, list[float]] = {}
+        for watched in (entry for row in group for entry in row.get("history", [])):
+            if metric in watched["metrics"]:
+                found.setdefault(watched["images"], []).append(watched["metrics"][metric])
+        if found:
+            label = ", ".join(str(value) for value in json.loads(key).values()) or "student"
+            series[label] = [(images, statistics.fmean(values)) for images, values in sorted(found.items())]
+    return series
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -230,6 +281,11 @@ def page(result: Mapping[str, Any]) -> str:
                 lines=lines,
             )
         )
+    for name in (metric, *grid.get("also", [])):
+        series = history(result["rows"], name)
+        if series:
+            text = "Mean over seeds, on the noise and the fresh samples that watch a run."
+            panels.append(report.Curve(f"{name} over training", text, "images", name, series))
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
     hashes = {row["name"]: row.get("hashes", {}) for row in result["rows"]}
     return report.render_comparison(result["title"], grid.get("intro", ""), table, panels, {**result, "hashes": hashes})

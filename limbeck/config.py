@@ -6,11 +6,13 @@ line that names the dotted key.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
 import reprlib
 import tomllib
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from torch import nn
 
 from limbeck import methods, teaching
 from limbeck.ema import Average
+from limbeck.noise import Levels
 from limbeck.optimizer import Optimizer
 
 TEACHING: dict[str, type] = {"denoising": teaching.Denoising, "classification": teaching.Classification}
@@ -61,11 +64,13 @@ class Evaluation:
         draws: independent draws; the score is their mean.
         seed: key of the samples' noise; sample j depends on (seed, j) alone.
         teacher_steps: Heun steps of the teacher, 2 * steps - 1 network calls.
-        data: reference images for teachers that bring none (a name or file as for `teach`).
+        data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law
+            that a learned teacher learned.
         reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
         features: feature network of `data` or `reference`: a bundled name, a classifier's file, a TorchScript file
             (.pt, a program: named on the command line or in Python only) or, in Python, a module.
         quantize: score images as 8-bit values.
+        mmd_scale: length in whose units the kernels of `mmd` have their widths; None = the exact law's sigma_data.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -78,6 +83,7 @@ class Evaluation:
     reference: str | None = None
     features: Any = None
     quantize: bool = True
+    mmd_scale: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.features is None or isinstance(self.features, str | nn.Module)):
@@ -85,6 +91,8 @@ class Evaluation:
         for name, least in (("samples", 2), ("draws", 1), ("seed", 0), ("teacher_steps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if self.mmd_scale is not None and not 0 < self.mmd_scale < math.inf:
+            raise ValueError(f"mmd_scale: must be positive and finite, got {self.mmd_scale}")
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,8 @@ class Recipe:
         data: what is learned (`limbeck teach`).
         size: side to which pictures of a folder are resized (`limbeck teach`).
         template: the student's network and its arguments; empty = the teacher's own, or one that suits the shape.
+        generator: network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`), with fresh
+            weights; empty = the generator that the method builds from the template.
         steps: length of the run.
         batch: samples of one turn.
         micro_batches: parts in which a turn's batch is computed, to save memory.
@@ -140,6 +150,7 @@ class Recipe:
     data: str | None = None
     size: int | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    generator: dict[str, Any] = field(default_factory=dict)
     steps: int = 5000
     batch: int = 256
     micro_batches: int = 1
@@ -209,6 +220,18 @@ def set_dotted(table: dict[str, Any], key: str, value: Any) -> None:
     table[leaf] = value
 
 
+def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested dictionary with the values of another one over its own, table by table."""
+    result = copy.deepcopy(dict(table))
+    for key, value in over.items():
+        inner = result.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            result[key] = merged(inner, value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
 def resolve(table: Mapping[str, Any], known: Mapping[str, type], foreign: bool = False) -> Recipe:
     """A validated recipe from a nested dictionary.
 
@@ -246,7 +269,7 @@ def resolve_method(value: Any, known: Mapping[str, type], foreign: bool = False)
         wrong = "missing" if name is None else f"must be a name, got {name!r}"
         raise ValueError(f"method.name: {wrong}; expected one of {', '.join(known)}")
     if name in known:
-        return validate(known[name], fields, "method")
+        return validate(known[name], _over(known[name](), fields), "method")
     if ":" not in name:
         raise ValueError(f"method.name: unknown method {name!r}{_nearest(name, known)}")
     if not foreign:
@@ -258,6 +281,19 @@ def resolve_method(value: Any, known: Mapping[str, type], foreign: bool = False)
     if not dataclasses.is_dataclass(cls) or not isinstance(cls, type) or not hasattr(cls, "turns"):
         raise ValueError(f"method.name: {name!r} is not an objective (a dataclass with players, turns and optimizers)")
     return validate(cls, fields, "method")
+
+
+def _over(default: Any, given: Any) -> Any:
+    """`given`, whose tables are completed with what the default has in the same place.
+
+    One key of a method's `game` leaves the rest as the method has it. A noise law of another kind is taken as given.
+    """
+    if not dataclasses.is_dataclass(default) or not isinstance(given, Mapping):
+        return given
+    names = [f.name for f in dataclasses.fields(default)]
+    if isinstance(default, Levels) and not given.keys() <= set(names):
+        return given
+    return {**plain(default), **{k: _over(getattr(default, k), v) if k in names else v for k, v in given.items()}}
 
 
 def method_name(method: Any) -> str:
@@ -283,12 +319,17 @@ def validate(cls: type, table: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _line(error: ValidationError, cls: type, prefix: str) -> str:
-    first = error.errors()[0]
-    # pydantic adds the name of a union's member or a container's key kind to the path; keys of ours are plain
-    path = [str(part) for part in first["loc"]]
+    errors = error.errors()
+    path, holders = _walk(cls, errors[0]["loc"])
+    if len(path) < len(errors[0]["loc"]):
+        # one of several laws: what is wrong with the one whose keys these are, rather than the keys of another
+        errors.sort(key=lambda e: e["type"] == "unexpected_keyword_argument")
+        path, _ = _walk(cls, errors[0]["loc"])
+    first = errors[0]
     dotted = ".".join([prefix, *path] if prefix else path)
     if first["type"] == "unexpected_keyword_argument":
-        return f"{dotted}: unknown key{_nearest(path[-1], _fields_at(cls, path[:-1]), dotted[: -len(path[-1])])}"
+        known = dict.fromkeys(f.name for holder in holders for f in dataclasses.fields(holder))
+        return f"{dotted}: unknown key{_nearest(path[-1], known, dotted[: -len(path[-1])])}"
     if first["type"] == "value_error":  # from a __post_init__, whose message begins with the field's name
         return (f"{dotted}." if dotted else "") + str(first["ctx"]["error"])
     if first["type"] == "missing":
@@ -297,12 +338,26 @@ def _line(error: ValidationError, cls: type, prefix: str) -> str:
     return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {given}"
 
 
-def _fields_at(cls: Any, path: Iterable[str]) -> list[str]:
-    """Field names of the dataclass at `path` inside `cls`; of a player's optimiser for optimizer.PLAYER."""
-    for part in path:
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        cls = hints.get(part, Optimizer)
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+def _walk(cls: Any, loc: Iterable[int | str]) -> tuple[list[str], list[Any]]:
+    """Our dotted path in pydantic's location of an error, and the dataclasses that may hold its last key.
+
+    Pydantic adds the name of a union's member to the path; keys of ours are plain. What is no field is a player's name,
+    whose settings are an `Optimizer`.
+    """
+    path: list[str] = []
+    holders: tuple[Any, ...] = (cls,)
+    for part in map(str, loc):
+        if typing.get_origin(cls) is types.UnionType and part in (names := [m.__name__ for m in typing.get_args(cls)]):
+            holders = typing.get_args(cls)
+            cls = holders[names.index(part)]
+            continue
+        if cls not in holders:
+            holders = (cls,)
+        path.append(part)
+        cls = typing.get_type_hints(cls).get(part, Optimizer) if dataclasses.is_dataclass(cls) else Optimizer
+        if type(None) in (members := typing.get_args(cls)):  # a table that may be missing
+            cls = members[0]
+    return path, [holder for holder in holders if dataclasses.is_dataclass(holder)]
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

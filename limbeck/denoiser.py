@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck.schedule import Schedule
+from limbeck.schedule import Schedule, described
 
 Output = Literal["eps", "v", "x0", "flow"]
+Form = Literal["vp", "ve", "iddpm"]
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:
@@ -29,12 +31,14 @@ class Denoiser(nn.Module):
     Attributes:
         shape: shape of one sample, e.g. (1, 8, 8) or (2,).
         classes: width of a condition row; 0 = unconditional.
+        contexts: condition rows are points of [0, 1]^classes instead of one-hot labels.
         sigma_data: root mean square of the data per coordinate; `unit` = sigma_data / 0.5 is the scale of all defaults.
         sigma_min, sigma_max: range of noise levels in which the denoiser can be trusted.
     """
 
     shape: tuple[int, ...]
     classes: int
+    contexts: bool = False
     sigma_data: float
     sigma_min: float
     sigma_max: float
@@ -139,6 +143,7 @@ class Preconditioned(Denoiser):
         """Everything but the weights, as JSON-able values."""
         network: Any = self.network
         return {
+            "preconditioning": "edm",
             "network": network.name,
             "arguments": network.arguments,
             "shape": list(self.shape),
@@ -148,6 +153,116 @@ class Preconditioned(Denoiser):
             "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
             "noise_unit": self.noise_unit,
         }
+
+
+class EpsPreconditioned(Denoiser):
+    """A network F that predicts noise, in a preconditioning older than EDM's: D = x + c_out F(c_in x, c_noise, cond).
+
+        form    c_out    c_in                   c_noise
+        vp      -sigma   1 / sqrt(sigma^2 + 1)  (steps - 1) t, ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t
+        ve      sigma    1                      ln(sigma / 2)
+        iddpm   -sigma   1 / sqrt(sigma^2 + 1)  steps - 1 - j, where levels[j] is the level nearest to sigma
+
+    Where F has more channels than x, the first ones count: networks of iDDPM also predict a variance.
+
+    Args:
+        network: called as network(x, c_noise, cond).
+        sigma_data: these forms have none; 0.5 is EDM's number for images in [-1, 1].
+        steps: discrete times of the training (vp, iddpm).
+        beta_d, beta_min: slope and start of beta(t) (vp).
+    """
+
+    levels: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        form: Form,
+        shape: tuple[int, ...],
+        classes: int = 0,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
+        steps: int = 1000,
+        beta_d: float = 19.9,
+        beta_min: float = 0.1,
+    ) -> None:
+        super().__init__(shape, classes, sigma_data, sigma_min, sigma_max)
+        if form not in ("vp", "ve", "iddpm"):
+            raise ValueError(f"form: must be vp, ve or iddpm, got {form!r}")
+        if not 2 <= steps <= 10_000:
+            raise ValueError(f"steps: must lie between 2 and 10000, got {steps}")
+        if not (0 < beta_d < math.inf and 0 < beta_min < math.inf):
+            raise ValueError(f"beta_d: must be positive and finite like beta_min, got {beta_d} and {beta_min}")
+        self.network, self.form, self.steps = network, form, steps
+        self.beta_d, self.beta_min = float(beta_d), float(beta_min)
+        if form == "iddpm":
+            self.register_buffer("levels", torch.tensor(iddpm_levels(steps).tolist(), dtype=torch.float32))
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        f = self.network(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
+        return self._combined(x, sigma, f)
+
+    def trace(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The clean estimate, and the features (B, network.feature_width) that the network formed on its way."""
+        network: Any = self.network
+        f, features = network.trace(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
+        return self._combined(x, sigma, f), features
+
+    def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x if self.form == "ve" else x / (expand(sigma, x) ** 2 + 1).sqrt()
+
+    def _combined(self, x: Tensor, sigma: Tensor, f: Tensor) -> Tensor:
+        noise = expand(sigma, x) * f[:, : x.shape[1]]
+        return x + noise if self.form == "ve" else x - noise
+
+    def c_noise(self, sigma: Tensor, x: Tensor) -> Tensor:
+        """The network's noise input with shape (B,)."""
+        s = sigma.to(x.dtype).reshape(-1)
+        match self.form:
+            case "ve":
+                noise = (s / 2).log()
+            case "vp":
+                # no log1p: in float32 its rounding at small sigma is part of what the network was trained on
+                root = (self.beta_min**2 + 2 * self.beta_d * (1 + s**2).log()).sqrt()
+                noise = (self.steps - 1) * (root - self.beta_min) / self.beta_d
+            case _:
+                nearest = (s[:, None] - self.levels.to(x.dtype)).abs().argmin(1)
+                noise = (self.steps - 1 - nearest).to(x.dtype)
+        return noise.expand(x.shape[0])
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        network: Any = self.network
+        return {
+            "preconditioning": self.form,
+            "network": network.name,
+            "arguments": network.arguments,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+            "steps": self.steps,
+            "beta_d": self.beta_d,
+            "beta_min": self.beta_min,
+        }
+
+
+def iddpm_levels(steps: int = 1000, c_1: float = 0.001, c_2: float = 0.008) -> np.ndarray:
+    """iDDPM's noise levels in EDM's coordinate, decreasing, the last one 0: float32 (steps + 1,).
+
+    u_(j-1)^2 + 1 = (u_j^2 + 1) / max(a_(j-1) / a_j, c_1) with a_j = sin^2(pi j / (2 steps (1 + c_2))): the cosine
+    schedule of Nichol & Dhariwal (2021), arXiv:2102.09672. The recurrence is ill-conditioned at its beginning and
+    networks were trained on its float32 values, so it is float32 here, and the table of a checkpoint replaces it.
+    """
+    j = np.arange(steps + 1, dtype=np.float32)
+    alpha_bar = np.sin(np.float32(math.pi / 2) * j / np.float32(steps) / np.float32(1 + c_2)) ** 2
+    levels = np.zeros(steps + 1, dtype=np.float32)
+    for i in range(steps, 0, -1):
+        ratio = np.maximum(alpha_bar[i - 1] / alpha_bar[i], np.float32(c_1))
+        levels[i - 1] = np.sqrt((levels[i] ** 2 + np.float32(1)) / ratio - np.float32(1))
+    return levels
 
 
 class Rescaled(Denoiser):
@@ -194,6 +309,22 @@ class Rescaled(Denoiser):
                 return (a * x - s * out) / (a + s)
             case _:
                 return out
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        model: Any = self.model
+        return {
+            "preconditioning": "rescaled",
+            "network": model.name,
+            "arguments": model.arguments,
+            "schedule": described(self.schedule),
+            "output": self.output,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+        }
 
 
 class Guided(Denoiser):

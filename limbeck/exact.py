@@ -213,3 +213,35 @@ class Empirical(Denoiser):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` points drawn with replacement (n, *shape)."""
         return self.points[torch.randint(len(self.points), (n,), generator=generator)].to(self.dtype)
+
+
+class Policy(Denoiser):
+    """A mixture in the plane, rotated by a context: p(x | c) with c = cond (B, 1) the angle in radians.
+
+    A policy's law of actions given a state, small enough for exact divergences. No condition is c = 0.
+    """
+
+    contexts = True
+
+    def __init__(self, mixture: Mixture) -> None:
+        if mixture.shape != (2,):
+            raise ValueError(f"policy: rotates a mixture in the plane, this one has shape {mixture.shape}")
+        super().__init__((2,), 1, mixture.sigma_data)
+        self.mixture = mixture
+
+    def _turned(self, x: Tensor, cond: Tensor | None, sign: float) -> Tensor:
+        rows = self.labels(cond, x)
+        assert rows is not None
+        cos, sin = torch.cos(rows[:, 0]), sign * torch.sin(rows[:, 0])
+        return torch.stack([cos * x[:, 0] - sin * x[:, 1], sin * x[:, 0] + cos * x[:, 1]], 1)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self._turned(self.mixture(self._turned(x, cond, -1), sigma), cond, 1)
+
+    def log_prob(self, x: Tensor, sigma: float | Tensor = 0.0, cond: Tensor | None = None) -> Tensor:
+        """Log density at x (B, 2), in contexts cond (B, 1), of the law noised to `sigma` (scalar or (B,)): (B,)."""
+        return self.mixture.log_prob(self._turned(x, cond, -1), sigma)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
+        """`n` exact samples (n, 2) in contexts cond (n, 1)."""
+        return self._turned(self.mixture.sample(n, generator), cond, 1)

@@ -22,7 +22,7 @@ from limbeck.critic import Adversarial, critic_loss, critic_on, generator_loss, 
 from limbeck.denoiser import Denoiser, guided
 from limbeck.generator import FewStep, Generator, OneStep
 from limbeck.losses import denoising, edm_weight
-from limbeck.noise import Karras, Levels, LogNormal
+from limbeck.noise import Karras, Law, Levels, LogNormal
 from limbeck.objective import Batch, State, Turn, perturb
 from limbeck.optimizer import Optimizer
 
@@ -94,7 +94,7 @@ class Game:
 
     sigma_init: float = 2.5
     calls: int = 1
-    fake_levels: LogNormal = field(default_factory=LogNormal)
+    fake_levels: Law = field(default_factory=LogNormal)
     fake_steps: int = 1
     fake_first: int = 0
     settle: int = 0
@@ -220,6 +220,7 @@ class Game:
         call: int | None = None,
         judged: bool = True,
         graph: bool = True,
+        x: Tensor | None = None,
     ) -> View:
         """What the generator's turn looks at.
 
@@ -228,8 +229,9 @@ class Game:
             call: of a few-step generator, see `turns`.
             judged: ask the critic, if there is one.
             graph: keep the graph of both estimates to the samples.
+            x: samples, if they are not those of the batch's latents.
         """
-        x = sample(nets["generator"], batch, call)
+        x = sample(nets["generator"], batch, call) if x is None else x
         sigma = levels.scaled(teacher.unit).quantile(batch.u)
         noisy = perturb(x, sigma, batch.eps)
         fake = cast(Denoiser, nets["fake"])

@@ -119,6 +119,37 @@ class Dirac(Generator):
         return {"generator": "dirac", "shape": list(self.shape), "classes": self.classes, "scale": self.scale}
 
 
+class Direct(Generator):
+    """x = sigma_data F(z): a network of the latent alone, without a denoiser's skip connection.
+
+    F reads z unscaled, and a constant where a denoiser's network reads its noise level.
+
+    Args:
+        denoiser: the network's home; only its network and sigma_data are used.
+        noise: that constant.
+    """
+
+    def __init__(self, denoiser: Preconditioned, noise: float = 0.0) -> None:
+        super().__init__()
+        if not math.isfinite(noise):
+            raise ValueError(f"generator.noise: must be finite, got {noise}")
+        self.denoiser, self.noise = denoiser, float(noise)
+        self.shape = self.latent_shape = denoiser.shape
+        self.classes = denoiser.classes
+
+    def at(self, z: Tensor, noise: float, cond: Tensor | None = None) -> Tensor:
+        """Samples (B, *shape) with another constant in the place of `noise`."""
+        d = self.denoiser
+        return d.sigma_data * d.network(z, z.new_full((len(z),), noise), d.labels(cond, z))
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.at(z, self.noise, cond)
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-able values."""
+        return {"generator": "direct", "noise": self.noise, "denoiser": self.denoiser.card()}
+
+
 class Trajectory(Generator):
     """The whole ODE path as a function of its start: x(z, t) = (t/T) T z + (1 - t/T) F(z, t)   (PID, arXiv:2411.08378).
 

@@ -126,4 +126,4 @@ class Power(Levels):
         return Power(factor * self.sigma_min, factor * self.sigma_max, self.power)
 
 
-Law = Karras | LogNormal | LogUniform | Power  # a field of a recipe that may be any law; its keys say which
+Law = Karras | LogNormal | Power  # a field of a recipe that may be any of these; the keys that are given say which

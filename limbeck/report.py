@@ -298,6 +298,7 @@ METHODS: dict[str, tuple[str, str]] = {
         "VarDiU",
         "the student and a guess at its own input are trained together on one bound of the divergence",
     ),
+    "vdd": ("VDD", "the student is a mixture of Gaussians, each of which climbs to where the teacher finds it likely"),
     "dmd2": ("DMD2", "the student matches the teacher's distribution, helped by a discriminator on real images"),
 }
 
@@ -364,7 +365,10 @@ READINGS: dict[str, str] = {
         "How well the tracking network knows the student's present samples. It should fall, then stay level; "
         "a rise means that the student moves faster than it is tracked."
     ),
-    "loss/generator+posterior": "A bound on the divergence, but for a constant. It should fall, then stay level.",
+    "loss/generator+posterior": (
+        "How badly the posterior guesses the latent, weighted: the posterior's share of the bound. It falls as the "
+        "posterior learns, and again as noise levels become smaller while the law of the noise is annealed."
+    ),
     "loss/posterior": "How well the input is guessed from the noisy sample. It should fall, then stay level.",
     "loss/discriminator": "Near 0 it has won and teaches the generator little; level in between is a fair contest.",
     "loss": "It should settle; a sudden jump or a steady rise late in the run is a warning.",

@@ -23,17 +23,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, methods, networks, summary, teachers
+from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
 from limbeck.config import Every, Real, Recipe
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.files import check_folder, write_atomically
-from limbeck.generator import Generator
+from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
 from limbeck.noise import Karras
 from limbeck.objective import Pairs
@@ -69,6 +69,7 @@ class Job:
     product: str  # kind of the file that the run makes
     judge: Judge | None
     prepare: Preparation | None = None  # what has to be made before the first step, in a folder that is ours
+    network: type[nn.Module] | None = None  # the caller's own class
     held_out: data.Data | None = None  # what a classifier is scored on
 
     @property
@@ -78,7 +79,13 @@ class Job:
 
 
 def distill(
-    teacher: str | Denoiser, method: Any = "pid", *, out: str | Path, tell: Tell = print, **keys: Any
+    teacher: str | Denoiser,
+    method: Any = "pid",
+    *,
+    out: str | Path,
+    tell: Tell = print,
+    network: type[nn.Module] | None = None,
+    **keys: Any,
 ) -> dict[str, Any]:
     """Distil `teacher` into a one-step generator, in the run folder `out`.
 
@@ -87,6 +94,7 @@ def distill(
         method: a method's name, {"name": ..., fields}, or an objective.
         out: run folder; an existing one is continued.
         tell: receives progress, a line at a time.
+        network: the caller's own network class, for a teacher's file whose network is none of Limbeck's.
         keys: recipe keys, e.g. steps=300, optimizer={"generator": {"lr": 1e-4}}, **{"every.save": 100}.
 
     Returns:
@@ -101,45 +109,54 @@ def distill(
     table = _table({"teacher": named, "method": method}, keys)
     recipe = config.resolve(table, methods.METHODS, foreign=True)
     check_folder(out)
-    return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher)
+    return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher, network)
 
 
 def run_distillation(
-    recipe: Recipe, out: Path, tell: Tell, teacher: Denoiser | None = None, judge: Judge | None = None
+    recipe: Recipe,
+    out: Path,
+    tell: Tell,
+    teacher: Denoiser | None = None,
+    network: type[nn.Module] | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """`distill` for a resolved recipe; `teacher` and `judge` replace those that the recipe names."""
-    return _run(distillation(recipe, out, teacher, judge), tell)
+    return _run(distillation(recipe, out, tell, teacher, network, judge), tell)
 
 
-def distillation(recipe: Recipe, out: Path, teacher: Denoiser | None = None, judge: Judge | None = None) -> Job:
-    """The job of a recipe, checked as far as it can be before anything is written; `judge` if it is known already."""
+def distillation(
+    recipe: Recipe,
+    out: Path,
+    tell: Tell,
+    teacher: Denoiser | None = None,
+    network: type[nn.Module] | None = None,
+    judge: Judge | None = None,
+) -> Job:
+    """The job of a recipe, checked as far as it can be before anything is written; arguments as `run_distillation`."""
     if recipe.data is not None:
         raise ValueError("data: belongs to `limbeck teach`; a distillation has a teacher")
     if recipe.teacher is None:
         raise ValueError("teacher: is missing")
-    teacher = teachers.load(recipe.teacher) if teacher is None else teacher
-    _check_levels(recipe, teacher)
-    template = student_template(recipe, teacher)
-    needs_data = (
-        recipe.method.needs_real
-        and not recipe.real.source.startswith("teacher:")
-        and (recipe.real.source == "data" or not isinstance(teacher, Gaussian | Mixture | Empirical))
-    )
-    if recipe.real.data is not None and not needs_data:
+    name = recipe.teacher
+    teacher = teachers.load(name, network) if teacher is None else teacher
+    recipe = _fit_levels(recipe, teacher, tell)
+    template = student_template(recipe, teacher, network)
+    needs_data = recipe.real.source == "data" or (recipe.real.source == "auto" and not _exact_provider(teacher))
+    if recipe.real.data is not None and not (recipe.method.needs_real and needs_data):
         raise ValueError("real.data: nothing reads it, with this method and teacher and real.source; leave it out")
     data.check_size(recipe.size, recipe.evaluate.data, recipe.real.data)
     if judge is None:
-        judge = summary.judge_for(recipe.teacher, recipe.evaluate, teacher, recipe.size)
-    trainer = _trainer(recipe, teacher, template)
+        judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
+    trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
     noise = NoiseSource(
-        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes,
+        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes, teacher.contexts,
         micro_batches=recipe.micro_batches, stratified=recipe.stratified,
     )  # fmt: skip
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, noise, provider)
-    job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare)
+    job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network)
     check(job)
     return job
 
@@ -152,12 +169,21 @@ def _provider(recipe: Recipe, teacher: Denoiser) -> Provider | None:
     """
     if recipe.real.source.startswith("teacher:"):
         return None
-    if recipe.real.source == "auto" and isinstance(teacher, Gaussian | Mixture | Empirical):
-        return lambda n, rng, labels: teacher.sample(n, rng)
+    if recipe.real.source == "auto" and (provider := _exact_provider(teacher)):
+        return provider
     samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
     if samples.shape != teacher.shape:
         raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")
     return provider_of(samples.x, samples.y)
+
+
+def _exact_provider(teacher: Denoiser) -> Provider | None:
+    """The samples of an exact teacher."""
+    if isinstance(teacher, Policy):
+        return lambda n, rng, contexts: teacher.sample(n, rng, contexts)
+    if isinstance(teacher, Gaussian | Mixture | Empirical):
+        return lambda n, rng, labels: teacher.sample(n, rng)
+    return None
 
 
 WARM_SAMPLES = 5000  # teacher samples on which a student's network learns to imitate it
@@ -193,13 +219,10 @@ class Preparation:
         recipe, teacher = job.recipe, self.teacher
         steps = recipe.warm_start
         tell(f"fitting the student's network to the teacher: {steps:,} steps")
-        if isinstance(teacher, Gaussian | Mixture | Empirical):
-            provider: Provider = lambda n, rng, labels: teacher.sample(n, rng)  # noqa: E731
-        else:
-            provider = self._teacher_provider(job, WARM_SAMPLES, stop, tell)
+        provider = _exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, stop, tell)
         imitation = Imitation()
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
-        every = Every(log=recipe.every.log, save=1000, sample=0)
+        every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
         key = seed_of(job.identity, json.dumps(config.to_table(recipe)))
         warm = Job(
             replace(recipe, method=imitation, steps=steps, every=every),
@@ -211,7 +234,7 @@ class Preparation:
         seconds, _ = _resume(warm, tell)
         seconds, _ = _loop(warm, seconds, None, stop, tell)
         self.template.load_state_dict(warm.trainer.ema.module.state_dict())
-        trainer = _trainer(recipe, teacher, self.template)
+        trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
         shutil.rmtree(warm.out)
         return trainer, seconds
 
@@ -232,15 +255,22 @@ class Preparation:
 
 
 def teach(
-    source: str, method: Any = "denoising", *, out: str | Path, tell: Tell = print, **keys: Any
+    source: str,
+    method: Any = "denoising",
+    *,
+    out: str | Path,
+    tell: Tell = print,
+    network: type[nn.Module] | None = None,
+    **keys: Any,
 ) -> dict[str, Any]:
     """Train a teacher (method "denoising") or a feature network ("classification") on data, in the run folder `out`.
 
-    Arguments, result and errors as `distill`; `source` is a data set (see `data.load`).
+    Arguments, result and errors as `distill`; `source` is a data set (see `data.load`), `network` a class for the
+    denoiser, built with the keys `template`.
     """
     table = _table({"data": source, "method": method}, keys)
     check_folder(out)
-    return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell)
+    return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell, network)
 
 
 def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,10 +282,12 @@ def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
+def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module] | None = None) -> dict[str, Any]:
     """`teach` for a resolved recipe."""
     if recipe.teacher is not None:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
+    if recipe.generator:
+        raise ValueError("generator: belongs to `limbeck distill`; teaching makes none")
     if recipe.data is None:
         raise ValueError("data: is missing")
     if recipe.real != Real():
@@ -269,7 +301,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     reach = Karras().scaled(samples.sigma_data / 0.5)
     plain = Denoiser(samples.shape, samples.classes, samples.sigma_data, reach.sigma_min, reach.sigma_max)
     denoising = recipe.method.product == "denoiser"
-    template = student_template(recipe, plain) if denoising else plain
+    template = student_template(recipe, plain, network) if denoising else plain
     judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size) if denoising else None
     trainer = _trainer(recipe, plain, template)
     noise = NoiseSource(
@@ -279,25 +311,84 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell) -> dict[str, Any]:
     )  # fmt: skip
     train, held_out = (samples, None) if denoising else samples.split()
     source = DataSource(noise, train.x, train.y)
-    job = Job(recipe, out, trainer, source, samples.fingerprint(), recipe.method.product, judge, held_out=held_out)
+    identity, product = samples.fingerprint(), recipe.method.product
+    job = Job(recipe, out, trainer, source, identity, product, judge, network=network, held_out=held_out)
     check(job)
     return _run(job, tell)
 
 
-def student_template(recipe: Recipe, teacher: Denoiser) -> Denoiser:
-    """The denoiser of which players are copies: the recipe's network, the teacher's own, or one for the shape."""
+def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | None = None) -> Denoiser:
+    """The denoiser of which players are copies: the recipe's network, the teacher's own, the caller's class `own`, or
+    one for the shape.
+
+    A UNet2D asked for by name and without arguments is the teacher's, if it has one: its weights, in EDM's
+    preconditioning and the times of diffusers' consistency models.
+    """
     options = dict(recipe.template)
     name = options.pop("network", None)
-    if name is None and not options and isinstance(teacher, Preconditioned):
+    inner: Any = getattr(teacher, "model", None)  # of a Rescaled
+    built = isinstance(teacher, Preconditioned | EpsPreconditioned) or hasattr(inner, "arguments")
+    if name is None and not options and built:
         return teacher
+    facts = (teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max)
+    if name == "unet2d" and not options and isinstance(inner, networks.UNet2D):
+        network: nn.Module = networks.UNet2D(inner.arguments["config"])
+        network.load_state_dict(inner.state_dict())
+        return Preconditioned(network, *facts, noise_unit=1.0)
     if name is None:
         name = "mlp" if len(teacher.shape) < 3 or max(teacher.shape[1:]) <= 8 else "dit"
+        name = name if own is None else networks.OWN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = networks.for_samples(name, teacher.shape, teacher.classes, options)
-    return Preconditioned(
-        network, teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max
-    )
+        if name == networks.OWN:
+            network = networks.build(name, options, own)
+        else:
+            network = networks.for_samples(name, teacher.shape, teacher.classes, options)
+    return Preconditioned(network, *facts, noise_unit=1.0 if name == "unet2d" else None)
+
+
+def _fit_levels(recipe: Recipe, teacher: Denoiser, tell: Tell) -> Recipe:
+    """The recipe with the method's default levels cut to the teacher's range.
+
+    Raises:
+        ValueError: if levels that are not the default leave that range.
+    """
+    levels = getattr(recipe.method, "levels", None)
+    fields = {field.name: field for field in dataclasses.fields(recipe.method)}
+    default: Any = fields["levels"].default_factory if "levels" in fields else dataclasses.MISSING
+    if isinstance(levels, Karras) and default is not dataclasses.MISSING and levels == default():
+        low, high = (
+            max(levels.sigma_min, teacher.sigma_min / teacher.unit),
+            min(levels.sigma_max, teacher.sigma_max / teacher.unit),
+        )
+        if low > levels.sigma_min * (1 + 1e-6) or high < levels.sigma_max * (1 - 1e-6):  # not by rounding alone
+            tell(f"method.levels: cut to the teacher's range, {low:g} to {high:g}")
+            cut = dataclasses.replace(levels, sigma_min=low, sigma_max=high)
+            recipe = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, levels=cut))
+    _check_levels(recipe, teacher)
+    return recipe
+
+
+def direct_generator(recipe: Recipe, teacher: Denoiser) -> Direct | None:
+    """The generator that the recipe describes; None leaves it to the method.
+
+    Raises:
+        ValueError: naming the `generator` key that is wrong.
+    """
+    options = dict(recipe.generator)
+    if not options:
+        return None
+    noise = options.pop("noise", 0.0)
+    if not isinstance(noise, int | float):
+        raise ValueError(f"generator.noise: must be a number, got {noise!r}")
+    if "network" not in options:
+        raise ValueError("generator.network: is missing")
+    try:
+        home = student_template(dataclasses.replace(recipe, template=options), teacher)
+    except ValueError as error:
+        raise ValueError(str(error).replace("template", "generator", 1)) from None
+    assert isinstance(home, Preconditioned)
+    return Direct(home, noise)
 
 
 def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
@@ -314,10 +405,10 @@ def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
             )
 
 
-def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser) -> Trainer:
+def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: Generator | None = None) -> Trainer:
     return Trainer(
         recipe.method, teacher, template, recipe.optimizer,
-        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
+        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed, generator=generator,
     )  # fmt: skip
 
 
@@ -332,10 +423,15 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     table = config.to_table(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    opinion = None
+    if recipe.teacher is not None:
+        opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out), _signals() as stop:
         seconds, best = _resume(job, tell)
         write_atomically(out / "recipe.toml", config.dump_toml(table))
+        if opinion is not None:
+            write_atomically(out / "doctor.json", opinion)
         report = _finished(job, table)
         if report is not None:
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")

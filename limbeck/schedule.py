@@ -5,9 +5,13 @@ Nothing inside Limbeck uses them: they exist for `denoiser.Rescaled`, the door t
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +84,83 @@ class Flow(Schedule):
 
     def time(self, ratio: Tensor) -> Tensor:
         return ratio / (1 + ratio)
+
+
+@dataclass(frozen=True)
+class Alphas(Schedule):
+    """The discrete schedule of DDPM (Ho et al. 2020, arXiv:2006.11239), by its numbers; t counts steps from 0.
+
+    alpha_t^2 = alphas_cumprod[t], sigma_t^2 = 1 - alpha_t^2. Between two steps ln(sigma_t / alpha_t) is linear in t, so
+    that `time` is monotone, and exact at steps; beyond both ends it is the nearest step's. A last step without signal
+    (zero terminal SNR) has no finite ratio and is left out.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        a = tuple(map(float, self.alphas_cumprod))
+        a = a[:-1] if a[-1:] == (0.0,) else a
+        if len(a) < 2 or not 0 < a[-1] < a[0] < 1 or not all(y < x for x, y in itertools.pairwise(a)):
+            raise ValueError("alphas_cumprod: must be at least two numbers that fall strictly, within (0, 1)")
+        object.__setattr__(self, "alphas_cumprod", a)
+
+    @cached_property
+    def _logs(self) -> Tensor:
+        """ln(sigma_t / alpha_t) of the steps, rising."""
+        a = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device="cpu")
+        return (torch.log1p(-a) - torch.log(a)) / 2
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """The least and the largest sigma_t / alpha_t."""
+        return float(self._logs[0].exp()), float(self._logs[-1].exp())
+
+    def _log_ratio(self, t: Tensor) -> Tensor:
+        place = t.double().clamp(0, len(self._logs) - 1)
+        below = place.floor().long().clamp(max=len(self._logs) - 2)
+        logs = self._logs.to(t.device)
+        return torch.lerp(logs[below], logs[below + 1], place - below)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self._log_ratio(t)).sqrt().to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self._log_ratio(t)).sqrt().to(t.dtype)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        logs = self._logs.to(ratio.device)
+        wanted = ratio.double().log().clamp(logs[0], logs[-1])
+        below = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
+        return (below + (wanted - logs[below]) / (logs[below + 1] - logs[below])).to(ratio.dtype)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"vp": VP, "cosine": Cosine, "flow": Flow, "alphas": Alphas}
+
+
+def described(schedule: Schedule) -> dict[str, Any]:
+    """Name and numbers of a schedule, JSON-able.
+
+    Raises:
+        AttributeError: for a schedule that is none of Limbeck's.
+    """
+    for name, cls in SCHEDULES.items():
+        if type(schedule) is cls:
+            numbers: Any = schedule
+            return {"name": name, **asdict(numbers)}
+    raise AttributeError(f"{type(schedule).__name__!r} is not one of {', '.join(SCHEDULES)}")
+
+
+def named(card: str | Mapping[str, Any]) -> Schedule:
+    """The schedule of a name, or of a table with a name and numbers.
+
+    Raises:
+        ValueError: for an unknown name or numbers that it does not take.
+    """
+    numbers = {"name": card} if isinstance(card, str) else dict(card)
+    name = numbers.pop("name", None)
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule: unknown name {name!r}, expected one of {', '.join(SCHEDULES)}")
+    try:
+        return SCHEDULES[name](**numbers)
+    except TypeError as error:
+        raise ValueError(f"schedule: {name} does not take these numbers: {error}") from None

@@ -10,13 +10,16 @@ from limbeck import artifact, config, summary
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The facts about a run folder or a model file.
+    """The facts about a run folder, a model file, or a folder with nothing but one.
 
     Raises:
         ValueError: if the path is neither.
     """
     if path.is_file():
         return {"file": str(path), **artifact.read_card(path)}
+    for kind in ("denoiser", "generator"):
+        if not (path / "recipe.toml").exists() and (path / f"{kind}.safetensors").is_file():  # an imported model
+            return describe(path / f"{kind}.safetensors")
     if not (path / "recipe.toml").is_file():
         raise ValueError(f"{path}: neither a run folder (it has no recipe.toml) nor a model file")
     recipe = config.read_toml(path / "recipe.toml")
@@ -64,7 +67,7 @@ def show(path: Path, as_json: bool) -> None:
                 print(f"{key}: {recipe[key]}")
         if "method" in recipe:
             print(f"method: {_inline(recipe['method'])}")
-        for key in ("images", "seconds", "scores"):
+        for key in ("images", "seconds", "scores", "source", "licence"):
             if key in facts:
                 print(f"{key}: {_inline(facts[key])}")
         return

@@ -25,6 +25,7 @@ class NoiseSource:
         latent_shape: shape of one latent.
         batch: global batch.
         classes: labels are uniform over the classes, as one-hot rows; 0 = no labels.
+        contexts: condition rows are uniform in [0, 1)^classes instead.
         unlabelled: share of zero rows ("no label").
         stratified: u is one uniform draw from each of `batch` equal intervals, in random order.
     """
@@ -34,6 +35,7 @@ class NoiseSource:
     batch: int
     seed: int
     classes: int = 0
+    contexts: bool = False
     unlabelled: float = 0.0
     micro_batches: int = 1
     stratified: bool = False
@@ -54,7 +56,9 @@ class NoiseSource:
         eps = torch.randn(n, *self.shape, generator=rng, dtype=self.dtype)
         coin = torch.rand(n, generator=rng, dtype=self.dtype)
         cond = None
-        if self.classes:
+        if self.contexts:
+            cond = torch.rand(n, self.classes, generator=rng, dtype=self.dtype)
+        elif self.classes:
             labels = torch.randint(self.classes, (n,), generator=rng)
             cond = one_hot(labels, self.classes, self.dtype)
             if self.unlabelled:
@@ -89,7 +93,8 @@ Provider = Callable[[int, torch.Generator, Tensor | None], Tensor]
 class RealSource:
     """A `NoiseSource` whose batches also carry real samples of the same labels, for critics, or pairs.
 
-    `provider(n, rng, labels)` draws n real samples, (n, *shape), of classes `labels` (n,) if there are any.
+    `provider(n, rng, labels)` draws n real samples, (n, *shape), of classes `labels` (n,) if there are any, or in
+    contexts `labels` (n, classes).
     """
 
     noise: NoiseSource
@@ -100,7 +105,7 @@ class RealSource:
         rng = stream(self.noise.seed, "batch", step, turn)
         batch, n = self.noise.draw(rng), self.noise.batch
         if self.provider is not None:
-            labels = None if batch.cond is None else batch.cond.argmax(1)
+            labels = batch.cond if batch.cond is None or self.noise.contexts else batch.cond.argmax(1)
             real = self.provider(n, rng, labels).to(self.noise.dtype)
             direction = torch.randn(n, *self.noise.shape, generator=rng, dtype=self.noise.dtype)
             batch = replace(batch, real=real, direction=direction)

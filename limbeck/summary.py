@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, config, data, features, report
+from limbeck import artifact, config, data, features, report, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import ExactJudge, Judge, Scores, measure
@@ -70,7 +70,10 @@ def _judge(
         for name in ("data", "reference", "features"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"evaluate.{name}: an exact law is its own reference; leave evaluate.{name} out")
-        return ExactJudge(teacher, settings.seed, source=law)
+        return ExactJudge(teacher, settings.seed, scale=settings.mmd_scale, source=law)
+    if settings.data is not None and settings.data.startswith("exact:"):
+        target = teachers.load(settings.data)
+        return _judge(settings.data, dataclasses.replace(settings, data=None), target, size, shapes)
     if settings.reference is not None or settings.data is not None:
         if settings.features is None:
             raise ValueError("evaluate.features: a reference needs a feature network")
@@ -190,7 +193,7 @@ def compare(job: Job, model: nn.Module, best: Best | None) -> dict[str, Any]:
     settings = job.recipe.evaluate
     told: dict[str, Any] = {"student": dataclasses.asdict(_scores(job, model))}
     if best is not None and best.step < job.trainer.step:
-        chosen = artifact.load(job.best_file, job.product)
+        chosen = artifact.load(job.best_file, job.product, job.network)
         told["best"] = {**dataclasses.asdict(best), **dataclasses.asdict(_scores(job, chosen))}
         told["best"]["sha256"] = artifact.fingerprint(chosen)
     if job.recipe.teacher is not None:

@@ -14,40 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from watch import WATCH
 
 from limbeck import artifact, features, networks
 from limbeck.denoiser import Guided, Preconditioned
 from limbeck.generator import OneStep, Trajectory
 from limbeck.noise import Karras
-
-FORBIDDEN = (
-    "exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
-    "subprocess.Popen", "pickle.find_class", "ctypes.dlopen", "socket.connect", "os.remove", "shutil.rmtree",
-)  # fmt: skip
-
-
-class Watch:
-    """Notes audit events which mean that Python runs, imports or writes something."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.seen: list[str] = []
-        sys.addaudithook(self.hook)  # hooks cannot be removed, only switched off
-
-    def hook(self, event: str, args: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(args[1], str) and bool(set(args[1]) & set("wax+"))
-        if self.on and (event in FORBIDDEN or writes):
-            self.seen.append(f"{event} {args[:1]}")
-
-    def __enter__(self) -> None:
-        self.seen.clear()
-        self.on = True
-
-    def __exit__(self, *error: object) -> None:
-        self.on = False
-
-
-WATCH = Watch()
 
 
 def mlp(classes: int = 0, shape: tuple[int, ...] = (2,)) -> Preconditioned:
@@ -361,8 +333,8 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path, monkeypatch: 
     write(path, module, changed(card_of(module), "card.denoiser.arguments.width", 60_000))
     real, built = networks.build, []
 
-    def build(name: str, arguments: dict[str, Any]) -> nn.Module:
-        network = real(name, arguments)
+    def build(name: str, arguments: dict[str, Any], own: type[nn.Module] | None = None) -> nn.Module:
+        network = real(name, arguments, own)
         built.append({p.device.type for p in network.parameters()})
         return network
 

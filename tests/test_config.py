@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck import config, methods
+from limbeck import config, methods, noise
 from limbeck.ema import Average
 from limbeck.methods.pid import PID
 from limbeck.noise import Karras
@@ -60,6 +60,53 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(key: str, meant: str)
     line = message(table)
     wrong = {"evry.save": "evry", "optimizer.genrator.lr": "optimizer.genrator"}.get(key, key)
     assert line.startswith(f"{wrong}: unknown ") and line.endswith(f", perhaps you meant {meant}")
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ({"levels": {"sdt": 1}}, "method.levels.sdt: unknown key, perhaps you meant method.levels.std"),
+        ({"levels": {"std": -1}}, "method.levels.std: must be positive and the mean finite, got mean -1.2 and std -1"),
+        ({"levels": {"stop": 7}}, "method.levels.stop: must lie in (0, 1], got 7"),
+        (
+            {"levels": {"qqqq": 1}},
+            "method.levels.qqqq: unknown key; expected one of sigma_min, sigma_max, rho, stop, mean, std, power",
+        ),
+        ({"game": {"fake_stps": 2}}, "method.game.fake_stps: unknown key, perhaps you meant method.game.fake_steps"),
+        (
+            {"game": {"adversarial": {"weigt": 1}}},
+            "method.game.adversarial.weigt: unknown key, perhaps you meant method.game.adversarial.weight",
+        ),
+        (
+            {"game": {"adversarial": {"weight": -1}}},
+            "method.game.adversarial.weight: must be finite and not negative, got -1.0",
+        ),
+        ({"game": {"calls": 0}}, "method.game.calls: must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_tables_of_a_method(table: dict[str, Any], line: str) -> None:
+    assert message({"method": {"name": "diff_instruct", **table}}) == line
+
+
+def test_one_key_of_a_table_leaves_the_rest_as_the_method_has_it() -> None:
+    sida = resolve({"method": {"name": "sida", "game": {"fake_steps": 3, "adversarial": {"weight": 0.5}}}}).method
+    default = methods.METHODS["sida"]().game
+    adversarial = dataclasses.replace(default.adversarial, weight=0.5)
+    assert sida.game == dataclasses.replace(default, fake_steps=3, adversarial=adversarial)
+    assert resolve({"method": {"name": "sid", "levels": {"std": 1.0}}}).method.levels == noise.LogNormal(-1.2, 1.0)
+    other = resolve({"method": {"name": "sida", "game": {"fake_levels": {"power": 2.0}}}}).method.game
+    assert other == dataclasses.replace(default, fake_levels=noise.Power(power=2.0))
+    assert resolve({"method": {"name": "sid", "game": {"adversarial": {"r1": 1.0}}}}).method.needs_real
+
+
+def test_a_noise_law_is_the_one_whose_keys_are_given() -> None:
+    for table, law in (
+        ({"stop": 0.8}, noise.Karras(stop=0.8)),
+        ({"mean": -2.0}, noise.LogNormal(-2.0)),
+        ({"power": 2.0}, noise.Power(power=2.0)),
+    ):
+        recipe = resolve({"method": {"name": "diff_instruct", "levels": table}})
+        assert recipe.method.levels == law and resolve(config.to_table(recipe)) == recipe
 
 
 def test_a_key_like_no_other_lists_the_known_ones() -> None:
@@ -310,3 +357,24 @@ def test_fuzz(table: dict[str, Any], named: bool) -> None:
     assert tomllib.loads(config.dump_toml(written)).keys() == written.keys()
     again = config.resolve(tomllib.loads(config.dump_toml(written)), methods.METHODS)
     assert repr(config.to_table(again)) == repr(config.to_table(config.resolve(written, methods.METHODS)))  # NaN != NaN
+
+
+@pytest.mark.parametrize(
+    ("levels", "line"),
+    [
+        ({"sigma_mx": 1.0}, "method.levels.sigma_mx: unknown key, perhaps you meant method.levels.sigma_max"),
+        ({"meen": 1.0}, "method.levels.meen: unknown key, perhaps you meant method.levels.mean"),
+        ({"sigma_min": 3.0, "sigma_max": 1.0}, "method.levels.sigma_min: must satisfy 0 < sigma_min < sigma_max"),
+        ({"std": -1.0}, "method.levels.std: must be positive"),
+        ({"power": "two"}, "method.levels.power: input should be a valid number"),
+    ],
+)
+def test_one_of_several_laws_is_chosen_by_its_keys(levels: dict[str, Any], line: str) -> None:
+    assert message({"method": {"name": "diff_instruct", "levels": levels}}).startswith(line)
+
+
+@pytest.mark.parametrize("levels", [{"mean": -2.0, "std": 1.0}, {"sigma_min": 0.1, "sigma_max": 2.0, "power": 1.5}])
+def test_laws_survive_a_file(levels: dict[str, float]) -> None:
+    recipe = resolve({"method": {"name": "diff_instruct", "levels": levels, "game": {"fake_levels": levels}}})
+    assert dataclasses.asdict(recipe.method.levels) == levels
+    assert resolve(tomllib.loads(config.dump_toml(config.to_table(recipe)))) == recipe

@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from limbeck.denoiser import Denoiser, Guided, Preconditioned, Rescaled, eps, expand, score
+from limbeck.denoiser import (
+    Denoiser,
+    EpsPreconditioned,
+    Form,
+    Guided,
+    Preconditioned,
+    Rescaled,
+    eps,
+    expand,
+    iddpm_levels,
+    score,
+)
 from limbeck.schedule import VP, Cosine, Flow, Schedule
 
 SCHEDULES: dict[str, Schedule] = {"vp": VP(), "vp_narrow": VP(6.0, 0.5), "cosine": Cosine(), "flow": Flow()}
@@ -204,6 +215,75 @@ def test_landmarks_of_the_vp_schedule() -> None:
 
 
 # Functions of the denoiser --------------------------------------------------------------------------------------------
+
+
+class Noise(nn.Module):
+    """The perfect noise network of a preconditioning: told c_in x and c_noise, it answers for the level meant by both.
+
+    A second block of channels, as iDDPM's networks have for the variance, is garbage.
+    """
+
+    def __init__(self, form: Form, levels: Tensor) -> None:
+        super().__init__()
+        self.form, self.levels, self.seen = form, levels, torch.zeros(0)
+
+    def sigma(self, c_noise: Tensor) -> Tensor:
+        if self.form == "ve":
+            return 2 * c_noise.exp()
+        if self.form == "iddpm":
+            return self.levels[(999 - c_noise).round().long()]
+        t = c_noise / 999
+        return torch.expm1(19.9 * t**2 / 2 + 0.1 * t).sqrt()
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+        self.seen = c_noise
+        sigma = self.sigma(c_noise)
+        y = x if self.form == "ve" else x * (sigma**2 + 1).sqrt()[:, None]
+        noise = (y - posterior_mean(y, torch.ones_like(sigma), sigma)) / sigma[:, None]
+        return torch.cat([-noise if self.form == "ve" else noise, torch.full_like(x, 1e9)], 1)
+
+
+@pytest.mark.parametrize("form", ["vp", "ve", "iddpm"])
+def test_older_preconditionings_are_the_posterior_mean(form: Form) -> None:
+    levels = torch.from_numpy(iddpm_levels()).double()
+    denoiser = EpsPreconditioned(Noise(form, levels), form, (2,), sigma_min=0.01).double()
+    sigma = levels[[990, 950, 700, 500, 200, 60]] if form == "iddpm" else f64(*SIGMAS)
+    x = 2 * torch.randn(6, 2, dtype=torch.float64)
+    expected = posterior_mean(x, torch.ones(6, dtype=torch.float64), sigma)
+    torch.testing.assert_close(denoiser(x, sigma), expected, rtol=0, atol=1e-6 if form == "iddpm" else 1e-9)
+    one = denoiser(x, sigma[3])
+    torch.testing.assert_close(one[3], denoiser(x, sigma)[3], rtol=1e-12, atol=1e-12)
+
+
+def test_noise_inputs_of_older_preconditionings() -> None:
+    x = torch.zeros(2, 2)
+    vp, ve, iddpm = (EpsPreconditioned(nn.Identity(), form, (2,)) for form in ("vp", "ve", "iddpm"))
+    sigma = torch.tensor([0.002, 80.0])
+    assert vp.c_noise(sigma, x)[0].item() == pytest.approx(
+        0.0403283, abs=1e-6
+    )  # with float32's rounding of 1 + sigma^2
+    torch.testing.assert_close(ve.c_noise(sigma, x), torch.tensor([math.log(0.001), math.log(40)]))
+    assert iddpm.c_noise(sigma, x).tolist() == [-1.0, 991.0]
+    assert iddpm.levels[8].item() == pytest.approx(80.2037, abs=1e-3)
+
+
+def test_levels_of_iddpm() -> None:
+    levels = iddpm_levels()
+    assert levels.shape == (1001,) and levels.dtype == "float32" and (levels[1:] < levels[:-1]).all()
+    landmarks = {
+        0: 20291.171875, 1: 641.662415, 10: 64.161102, 100: 6.36459303, 500: 1.01238942, 900: 0.169435710,
+        990: 0.0251310728, 998: 0.00934774894, 999: 0.00642233714, 1000: 0.0,
+    }  # fmt: skip
+    for j, value in landmarks.items():
+        assert levels[j] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"form": "edm"}, {"steps": 1}, {"steps": 10**9}, {"beta_d": 0.0}, {"beta_min": math.inf}]
+)
+def test_bad_facts_of_older_preconditionings(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"^(form|steps|beta_d): must"):
+        EpsPreconditioned(nn.Identity(), **({"form": "iddpm", "shape": (2,)} | wrong))
 
 
 def test_score_and_noise_follow_from_the_clean_estimate() -> None:

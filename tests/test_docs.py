@@ -52,8 +52,25 @@ def test_every_method_says_where_it_comes_from(name: str) -> None:
     assert switches
 
 
+def test_the_site_has_every_page_and_its_equations(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "site.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "docs/score-family.html", "docs/add-a-method.html", "CONTRIBUTING.html"} <= pages.keys()
+    for name in methods.TABLE:
+        page = {"pid": "docs/pid.html"}.get(name)
+        assert (page or f"docs/methods/{name}.html") in pages
+        if page is None:
+            page = f"docs/methods/{name}.html"
+            assert "<math" in pages[page] and "<th>default</th>" in pages[page] and "$$" not in pages[page]
+    for page, text in pages.items():
+        for target in re.findall(r'href="([^"#]+)', text):
+            if not target.startswith("http"):
+                assert (tmp_path / page).parent.joinpath(target).exists(), (page, target)
+
+
 def test_links_of_readme_and_docs_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -31,6 +31,7 @@ CASES["as released"] = M["uni_instruct"](as_released=True, divergence="forward_k
 CASES |= {f"uni {f}": M["uni_instruct"](divergence=f, game=JUDGED) for f in DIVERGENCES}
 CASES["uni without a critic"] = M["uni_instruct"](divergence="reverse_kl")
 CASES["f_distill reverse_kl"] = M["f_distill"](divergence="reverse_kl")
+CASES |= {f"vardiu {q}": M["vardiu"](posterior=q, antithetic=False, as_released=True) for q in ("full", "flow")}
 CASES["gates"] = M["sida"](game=Game(fake_first=20, adversarial=Adversarial(weight=0.1, after=30)))
 CASES["few steps"] = M["sid"](game=Game(calls=3))
 CASES["critics"] = M["sim"](game=Game(adversarial=Adversarial(weight=0.1, loss="hinge", weighting="edm", r1=0.1)))

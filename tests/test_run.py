@@ -642,14 +642,16 @@ def test_bad_input_writes_nothing(tmp_path: Path, distill: Any, keys: dict[str, 
 def test_levels_outside_the_teachers_range(tmp_path: Path, distill: Any) -> None:
     teacher = Gaussian([0.0, 0.0], 0.5)
     teacher.sigma_max, teacher.sigma_min = 10.0, 0.01
+    wide = {"name": "pid", "levels": {"sigma_min": 0.002, "sigma_max": 79}}
     with pytest.raises(ValueError, match=r"^method\.levels\.sigma_min: .*outside the teacher's range of 0\.01 to 10"):
-        distill(tmp_path / "r", teacher)
+        distill(tmp_path / "r", teacher, method=wide)
     low = {"name": "pid", "levels": {"sigma_min": 0.01}}
     with pytest.raises(ValueError, match=r"^method\.levels\.sigma_max: 80 is level 80"):
         distill(tmp_path / "r", teacher, method=low)
     assert not (tmp_path / "r").exists()
     levels = {"sigma_min": 0.01, "sigma_max": 10}
     distill(tmp_path / "r", teacher, method={"name": "pid", "levels": levels})
+    distill(tmp_path / "r", teacher)  # the default levels are cut to the same range
 
 
 # Other teachers

@@ -40,6 +40,7 @@ FAMILY: dict[str, Any] = {
     "diff_instruct": DiffInstruct(),
     "diff_instruct-dmd": DiffInstruct(weight="dmd"),
     "sid": SiD(),
+    "sid-levels": SiD(levels=Karras(stop=0.8)),
     "sid-plain": SiD(alpha=0.5, normalizer="none", loss_scale=100.0),
     "sid-1.2": SiD(alpha=1.2, game=Game(fake_steps=2)),
     "sim": SIM(),
@@ -657,7 +658,7 @@ def batch_of(n: int = 40) -> Batch:
 
 
 def levels_by_hand(method: Scored, u: Tensor, unit: float) -> Tensor:
-    if isinstance(method, DiffInstruct):
+    if isinstance(method.levels, LogNormal):
         return unit * torch.exp(-1.2 + 1.2 * torch.special.ndtri(u))
     low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
     return unit * (low + 0.8 * u * (high - low)) ** 7
@@ -981,7 +982,7 @@ def test_t5_micro_batches_are_one_batch(name: str, k: int) -> None:
 
 
 def test_t8_laws() -> None:
-    for method in (SiD(), SIM()):
+    for method in (SiD(levels=Karras(stop=0.8)), SIM(levels=Karras(stop=0.8))):
         ends = method.levels.quantile(f64([0.0, 1.0]))
         assert ends[0].item() == pytest.approx(0.002, rel=1e-12)
         assert ends[1].item() == pytest.approx(24.408, abs=5e-4)
@@ -995,7 +996,7 @@ def test_t8_laws() -> None:
         fine = method.levels.quantile((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000)
         assert (fine > 4.91).double().mean().item() == pytest.approx(0.277, abs=6e-4)
         assert (fine < 0.0185).double().mean().item() == pytest.approx(0.132, abs=6e-4)
-    for law in (DiffInstruct().levels, Game().fake_levels):
+    for law in (DiffInstruct().levels, SiD().levels, SIM().levels, Game().fake_levels):
         assert law.quantile(f64([0.01, 0.5, 0.99])).tolist() == pytest.approx([0.0185, 0.301, 4.91], rel=3e-3)
 
 

@@ -1,8 +1,13 @@
-"""Write the tables of README and docs from results/*.json. `--check` only says whether they are up to date.
+"""Write the tables of README and docs. `--check` only says whether they are up to date.
 
-A table stands between `<!-- results:NAME -->` and `<!-- end -->`; NAME is a file of results/.
+A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
+    results   a file of results/
+    ledger    where a method's paper, code and file differ, from its module's docstring
+    fields    a method's settings, from its class
 """
 
+import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -10,16 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from limbeck import methods
+
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HIDDEN = ("images", "seeds")
+BLOCK = re.compile(r"(<!-- (results|ledger|fields):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
 def main() -> int:
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text()
-        fresh = BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], text)
+        fresh = BLOCK.sub(lambda block: block[1] + KINDS[block[2]](block[3]) + block[4], text)
         if fresh != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:
@@ -36,8 +43,10 @@ def table(name: str) -> str:
         return "*Not measured yet.*\n"
     result = json.loads(path.read_text())
     rows = [{key: value for key, value in row.items() if value is not None} for row in result["summary"]]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
-    seeds = rows[0]["seeds"]
+    hidden = [key for key in HIDDEN if len({row[key] for row in rows}) == 1]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
+    seeds, images = rows[0]["seeds"], rows[0]["images"]
+    facts = {"seeds": f"{seeds} seed{'s' if seeds > 1 else ''}", "images": f"{images:,} images"}
     where = result["machine"]
     known = result["commit"] or "unknown"
     commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
@@ -45,7 +54,7 @@ def table(name: str) -> str:
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [
-            f"{result['metric']}, {seeds} seed{'s' if seeds > 1 else ''}, {rows[0]['images']:,} images:",
+            f"{', '.join([result['metric'], *(facts[key] for key in ('seeds', 'images') if key in hidden)])}:",
             "",
             line(keys),
             line(["---"] * len(keys)),
@@ -57,6 +66,53 @@ def table(name: str) -> str:
     )
 
 
+def ledger(method: str) -> str:
+    """The Markdown table of a method's ledger, which its module has as a simple table between lines of `=`."""
+    text = inspect.getdoc(sys.modules[methods.METHODS[method].__module__]) or ""
+    rows: list[list[str]] = []
+    lines = text.splitlines()
+    rulers = [index for index, row in enumerate(lines) if row.startswith("=====")]
+    edges = [match.span() for match in re.finditer("=+", lines[rulers[0]])]
+    for row in lines[rulers[0] + 1 : rulers[2]]:
+        if row.startswith("="):
+            continue
+        cells = [row[start:end].strip() for start, end in edges[:-1]] + [row[edges[-1][0] :].strip()]
+        if (cells[0] and any(cells[1:])) or not rows:
+            rows.append(cells)
+        else:  # a row goes on until the next one that names something and says something
+            rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)]
+    rows = [[cell.replace("``", "`").replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join([line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:]), ""])
+
+
+def fields(method: str) -> str:
+    """The Markdown table of a method's settings: name, default, meaning."""
+    cls = methods.METHODS[method]
+    about = re.search(r"Attributes:\n(.*)", inspect.getdoc(cls) or "", re.DOTALL)
+    assert about is not None, method
+    meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", about[1], re.MULTILINE))
+    rows = [
+        line([f"`{f.name}`", f"`{shown(getattr(cls(), f.name))}`", re.sub(r"\s+", " ", meanings[f.name])])
+        for f in dataclasses.fields(cls)
+    ]
+    return "\n".join([line(["key", "default", "what"]), line(["---"] * 3), *rows, ""])
+
+
+def shown(value: Any) -> str:
+    """A default as one writes it in a recipe: of a table only what is not its own default."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return json.dumps(value)
+    inner = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    told = ", ".join(f"{name} = {shown(v)}" for name, v in inner.items() if v != default_of(type(value), name))
+    return f"{type(value).__name__} {{{told}}}" if told else type(value).__name__
+
+
+def default_of(cls: type, name: str) -> Any:
+    """A dataclass field's default, whether a value or made by a factory."""
+    (f,) = (f for f in dataclasses.fields(cls) if f.name == name)
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
 def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -65,6 +121,9 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+KINDS = {"results": table, "ledger": ledger, "fields": fields}
 
 
 if __name__ == "__main__":

@@ -73,9 +73,10 @@ class Contestant:
         return tuple(source.shape)
 
 
-def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
-    """The contestant named `source`: a run folder, a model's file, a teacher ("digits"; "digits@9" takes 9 Heun steps),
-    an .npz file of samples or a folder of pictures.
+def contestant(source: str, steps: int, size: int | None = None, network: type[nn.Module] | None = None) -> Contestant:
+    """The contestant named `source`: the folder of a run or an imported model, a model's file, a teacher ("digits";
+    "digits@9" takes 9 Heun steps), an .npz file of samples or a folder of pictures. `network` is the caller's own
+    class, for files that need one.
 
     Raises:
         ValueError: naming what is wrong.
@@ -84,20 +85,23 @@ def contestant(source: str, steps: int, size: int | None = None) -> Contestant:
     if at and number.isdigit() and not Path(source).exists():
         if int(number) < 2:
             raise ValueError(f"{source}: Heun's method takes at least 2 steps, e.g. {name}@2")
-        return Contestant(source, teachers.load(name), None, int(number))
+        return Contestant(source, teachers.load(name, network), None, int(number))
     path = Path(source)
-    if path.is_dir() and (path / "recipe.toml").is_file():
+    if path.is_dir():
+        run = path if (path / "recipe.toml").is_file() else None  # without one the model was imported
         for kind in ("generator", "denoiser"):
             if (path / f"{kind}.safetensors").is_file():
-                return Contestant(source, artifact.load(path / f"{kind}.safetensors", kind), None, steps, path)
+                model = artifact.load(path / f"{kind}.safetensors", kind, network)
+                return Contestant(source, model, None, steps, run)
         if (path / "classifier.safetensors").is_file():
             raise ValueError(f"{path}: holds a classifier, which draws no samples; it can be named with --features")
-        raise ValueError(f"{path}: has no finished model yet")
+        if run is not None:
+            raise ValueError(f"{path}: has no finished model yet")
     if path.is_dir() or path.suffix == ".npz":
         return Contestant(source, None, data.load(source, size), steps)
-    if path.is_file() and artifact.read_card(path)["kind"] == "generator":
-        return Contestant(source, artifact.load_generator(path), None, steps)
-    return Contestant(source, teachers.load(source), None, steps)
+    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
+        return Contestant(source, artifact.load_generator(path, network), None, steps)
+    return Contestant(source, teachers.load(source, network), None, steps)
 
 
 def law_of(source: str) -> str:
@@ -111,7 +115,7 @@ def _recipe_of(source: str) -> dict[str, Any]:
     path = Path(_model_of(source))
     if (path / "recipe.toml").is_file():
         return config.read_toml(path / "recipe.toml")
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix == ".safetensors" and artifact.is_carded(path):
         return dict(artifact.read_card(path).get("recipe", {}))
     return {}
 
@@ -141,6 +145,7 @@ def contest(
     tell: Callable[[str], None],
     against: str | None = None,
     size: int | None = None,
+    network: type[nn.Module] | None = None,
     teacher: bool = True,
 ) -> dict[str, Any]:
     """Score `sources` side by side; with `out`, store the scores there and write contest.json and contest.html.
@@ -156,9 +161,9 @@ def contest(
     if out is not None:
         check_folder(out)
     data.check_size(size, *(source for source in sources if not _recipe_of(source)), settings.data)
-    contestants = [contestant(source, settings.teacher_steps, size) for source in sources]
+    contestants = [contestant(source, settings.teacher_steps, size, network) for source in sources]
     if teacher:
-        contestants += _teachers(contestants, settings.teacher_steps, tell)
+        contestants += _teachers(contestants, settings.teacher_steps, network, tell)
     law = against or law_of(sources[0])
     judge = judge_of(law, settings, size, {who.name: who.shape for who in contestants})
     for who in contestants:
@@ -197,13 +202,15 @@ def _write(out: Path, result: dict[str, Any], html: Callable[[], str]) -> None:
     write_atomically(facts, text)
 
 
-def _teachers(contestants: Sequence[Contestant], steps: int, tell: Callable[[str], None]) -> list[Contestant]:
+def _teachers(
+    contestants: Sequence[Contestant], steps: int, network: type[nn.Module] | None, tell: Callable[[str], None]
+) -> list[Contestant]:
     """The teachers of the generators among the contestants, but for those that are there already."""
     wanted = {law_of(who.name) for who in contestants if isinstance(who.model, Generator)}
     found = []
     for name in sorted(wanted - {_model_of(who.name) for who in contestants}):
         try:
-            found.append(Contestant(name, teachers.load(name), None, steps))
+            found.append(Contestant(name, teachers.load(name, network), None, steps))
         except ValueError as error:
             tell(f"the teacher is not scored: {error}")
     return found

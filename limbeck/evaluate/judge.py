@@ -498,13 +498,14 @@ class ImageTally:
 class ExactJudge:
     """Log-density, MMD, sliced Wasserstein distance, C2ST and modes against an exact law.
 
-    MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments (arXiv:2508.20646) in units of the
-    law's sigma_data, against as many fresh samples of the law.
+    MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments (arXiv:2508.20646) in units of
+    `scale`, or else of the law's sigma_data, against as many fresh samples of the law.
     """
 
     target: Gaussian | Mixture | Empirical
     seed: int = 0
     name: str = "target"
+    scale: float | None = None
     source: str = "that is the reference"
 
     def tally(self) -> ExactTally:
@@ -562,7 +563,7 @@ class ExactTally:
         target, scale = self.judge.target, self.judge.target.sigma_data
         truth = target.sample(len(self.rows), stream(self.judge.seed, self.judge.name)).flatten(1).double()
         flat = self.rows.flatten(1)
-        gap = mmd2(flat, truth, scale)
+        gap = mmd2(flat, truth, self.judge.scale or scale)
         told: Metrics = {"mmd": math.sqrt(max(gap, 0.0)), "mmd2": gap, "log_mmd2": math.log(max(gap, 1e-300))}
         told["sliced_wasserstein"] = sliced_wasserstein(flat, truth) / scale
         if min(len(flat), len(truth)) >= 100:

@@ -24,6 +24,8 @@ TABLE: dict[str, Entry] = {
     "dmd": Entry("limbeck.methods.dmd:DMD", "Distribution matching distillation", "arXiv:2311.18828"),
     "dmd2": Entry("limbeck.methods.dmd2:DMD2", "Improved distribution matching distillation", "arXiv:2405.14867"),
     "f_distill": Entry("limbeck.methods.f_distill:FDistill", "f-distill", "arXiv:2502.15681"),
+    "vardiu": Entry("limbeck.methods.vardiu:VarDiU", "VarDiU, a variational upper bound", "arXiv:2508.20646"),
+    "vdd": Entry("limbeck.methods.vdd:VDD", "Variational Diffusion Distillation", "arXiv:2406.12538"),
     "uni_instruct": Entry("limbeck.methods.uni_instruct:UniInstruct", "Uni-Instruct", "arXiv:2505.20755"),
 }
 

@@ -17,6 +17,10 @@ switch                 default                                     what else
 ``game.sigma_init``    2.5, as SiD and DMD's successors            the code's README: 1.0 for CIFAR-10
 labels                 fresh in every turn                         the code reuses the fake score's labels for the
                                                                    generator's turn
+``updated_at``         off: turn and sample call one generator     the noise input of a plain generator (`Direct`) in
+                                                                   its own turn. VarDiU's authors update their
+                                                                   baseline at 0 while they sample it, and train its
+                                                                   fake score, at 1: another network's output
 augmentation           none                                        the code augments the fake score's training samples
 NaN gradients          the run stops                               the code replaces them by 0 or 1e5
 =====================  ==========================================  ==================================================
@@ -27,14 +31,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
 from limbeck.game import Game
-from limbeck.generator import Generator
+from limbeck.generator import Direct, Generator
 from limbeck.losses import l1_scale, matching
 from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
@@ -51,6 +55,7 @@ class DiffInstruct:
         levels: law of the noise in the generator's turn.
         weight: uniform, or dmd.
         dropout_replay: see the ledger.
+        updated_at: see the ledger.
         game: what methods with a fake score share.
     """
 
@@ -61,6 +66,7 @@ class DiffInstruct:
     levels: Law = field(default_factory=LogNormal)
     weight: Literal["uniform", "dmd"] = "uniform"
     dropout_replay: bool = False
+    updated_at: float | None = None
     game: Game = field(default_factory=Game)
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ class DiffInstruct:
         return self.game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
+        if self.updated_at is not None and not isinstance(generator, Direct):
+            raise ValueError("updated_at: needs a plain generator; set generator.network")
         return self.game.players(template, generator)
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -84,8 +92,11 @@ class DiffInstruct:
         self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
     ) -> Tensor:
         """Per-sample surrogate (B,) whose gradient is the integral KL's, and the adversarial loss if there is one."""
+        x = None
+        if self.updated_at is not None:
+            x = cast(Direct, nets["generator"]).at(batch.z, self.updated_at, batch.cond)
         with _equal_dropout(teacher, nets["fake"]) if self.dropout_replay else contextlib.nullcontext():
-            view = self.game.view(nets, teacher, batch, self.levels, call, judged, graph=False)
+            view = self.game.view(nets, teacher, batch, self.levels, call, judged, graph=False, x=x)
         weight = 1.0 if self.weight == "uniform" else l1_scale(view.x / teacher.unit, view.real / teacher.unit)
         score_loss = diff_instruct_loss(view.x, view.fake, view.real, weight) / teacher.unit**2
         return score_loss + self.game.adversarial_loss(view)

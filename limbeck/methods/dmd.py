@@ -16,7 +16,8 @@ switch                 default                                     what else
                        of coordinates
 ``pairs``              10,000 by Heun's method                     the paper: 100,000 (CIFAR-10) to 500,000
 ``game.sigma_init``    2.5, as SiD                                 the code: 80 times the latent
-``levels``             EDM's sampling levels, quantiles 0 to 0.8   the paper: t uniform over 2% to 98% of the steps
+``levels``             log-normal, as the fake score's             the paper: t uniform over 2% to 98% of the steps,
+                                                                   about ``levels = {stop = 0.98}``
 =====================  ==========================================  ==================================================
 """
 
@@ -33,7 +34,7 @@ from limbeck.denoiser import Denoiser
 from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, matching, pseudo_huber, squared
-from limbeck.noise import Karras
+from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
@@ -54,7 +55,7 @@ class DMD:
     product: ClassVar[str] = "generator"
     warm_start: ClassVar[bool] = True
 
-    levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
+    levels: Law = field(default_factory=LogNormal)
     regression: float = 0.25
     distance: Literal["squared", "huber"] = "squared"
     pairs: int = 10_000

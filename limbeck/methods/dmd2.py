@@ -15,7 +15,8 @@ switch                 default                                     what else
                        features of the fake score                  weights are the same
 ``game.sigma_init``    2.5, as SiD                                 the code: 80 times the latent, whose first estimate
                                                                    is the data's mean
-``levels``             EDM's sampling levels, quantiles 0 to 0.8   the code: steps 2% to 98% of EDM's sampling levels
+``levels``             log-normal, as the fake score's             the code: steps 2% to 98% of EDM's sampling levels,
+                                                                   about ``levels = {stop = 0.98}``
 fake score's loss      EDM's weight                                the code: 1 / sigma^2 + 1 / sd^2, which is the same
 =====================  ==========================================  ==================================================
 """
@@ -33,7 +34,7 @@ from limbeck.denoiser import Denoiser
 from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, matching
-from limbeck.noise import Karras
+from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
@@ -51,7 +52,7 @@ class DMD2:
     product: ClassVar[str] = "generator"
     warm_start: ClassVar[bool] = True
 
-    levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
+    levels: Law = field(default_factory=LogNormal)
     game: Game = field(default_factory=lambda: Game(fake_steps=5, adversarial=Adversarial(weight=3e-3)))
 
     @property

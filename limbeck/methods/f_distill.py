@@ -16,6 +16,8 @@ ratio                  per sample, brought to E_fake[r] = 1 in     the code clam
 ``weight``             ``dmd``: 1 / mean |x - D_real|              ``uniform``: 1
 ``game.adversarial``   softplus on features of the fake score      ``features = "teacher"``, as one public port has it
 fake steps             2                                           the paper builds on DMD2, which has 5
+``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
+                       ``sid``)
 =====================  ==========================================  ==================================================
 """
 
@@ -34,7 +36,7 @@ from limbeck.divergence import DIVERGENCES
 from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, matching
-from limbeck.noise import Karras
+from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
@@ -59,7 +61,7 @@ class FDistill:
     warm_start: ClassVar[bool] = True
 
     divergence: str = "jensen_shannon"
-    levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
+    levels: Law = field(default_factory=LogNormal)
     weight: Literal["uniform", "dmd"] = "dmd"
     ratio_bins: int = 10
     game: Game = field(default_factory=lambda: Game(fake_steps=2, adversarial=Adversarial(weight=3e-3)))

@@ -22,6 +22,8 @@ gates                  ``game.fake_first`` 100,000 images, then    as the code; 
 ``alpha``              1, the paper's                              see ``sid``
 real samples           needed, with labels of the generator's      the code: of the data's
                        batch
+``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
+                       ``sid``)
 =====================  ==========================================  ==================================================
 """
 
@@ -38,7 +40,7 @@ from limbeck.denoiser import Denoiser
 from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, score_identity
-from limbeck.noise import Karras
+from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
@@ -59,7 +61,7 @@ class SiDA:
     warm_start: ClassVar[bool] = True
 
     alpha: float = 1.0
-    levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
+    levels: Law = field(default_factory=LogNormal)
     game: Game = field(
         default_factory=lambda: Game(
             fake_first=100_000, adversarial=Adversarial(weight=1e-4, loss="bce", weighting="edm", after=200_000)

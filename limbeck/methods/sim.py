@@ -14,6 +14,7 @@ switch                 default                                     what else
                        is over a whole sample
 ``c``                  0.00054, times sqrt(d) and the data's       the paper's value could not be checked
                        scale, as consistency models have it
+``levels``             log-normal, as the fake score's             SiD's law: ``levels = {stop = 0.8}``
 =====================  ==========================================  ==================================================
 """
 
@@ -30,7 +31,7 @@ from limbeck.denoiser import Denoiser, expand
 from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import per_sample
-from limbeck.noise import Karras
+from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
@@ -65,7 +66,7 @@ class SIM:
 
     distance: Literal["huber", "squared"] = "huber"
     c: float = 0.00054
-    levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
+    levels: Law = field(default_factory=LogNormal)
     game: Game = field(default_factory=Game)
 
     def __post_init__(self) -> None:

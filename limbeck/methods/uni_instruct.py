@@ -23,6 +23,8 @@ ratio                  exp(logit) with its graph to x_sigma,       the code's ra
                                                                    ``sida``
 gate                   the critic counts after 100,000 images;     ``game.adversarial.after``; the code: 200,000
                        r = 1 before
+``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
+                       ``sid``)
 =====================  ==========================================  ==================================================
 """
 
@@ -41,7 +43,7 @@ from limbeck.divergence import DIVERGENCES
 from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, per_sample
-from limbeck.noise import Karras
+from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
@@ -97,7 +99,7 @@ class UniInstruct:
 
     divergence: str = "jensen_shannon"
     as_released: bool = False
-    levels: Karras = field(default_factory=lambda: Karras(stop=0.8))
+    levels: Law = field(default_factory=LogNormal)
     normalizer: Literal["l1", "none"] = "l1"
     ratio_bins: int = 10
     game: Game = field(default_factory=lambda: Game(adversarial=Adversarial(after=100_000)))

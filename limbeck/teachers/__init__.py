@@ -1,4 +1,4 @@
-"""Teachers by name: bundled denoisers, exact laws, files."""
+"""Teachers by name: bundled denoisers, exact laws, files, diffusers folders, a caller's own networks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from limbeck import artifact, data
+from limbeck import artifact, data, importer
 from limbeck.denoiser import Denoiser
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Empirical, Gaussian, Mixture, Policy
+from limbeck.teachers import own
 
 
 def ring8() -> Mixture:
@@ -28,21 +30,36 @@ def mog40() -> Mixture:
     return Mixture([1.0] * 40, means.tolist(), functional.softplus(torch.ones(())).item())
 
 
+def mixture8() -> Mixture:
+    """Eight equal Gaussians of std 0.5 on a circle of radius 2, each close to its neighbours (arXiv:2406.12538)."""
+    return Mixture([1.0] * 8, ring8().means.tolist(), 0.5)
+
+
+def policy4() -> Policy:
+    """Four equal Gaussians of std 0.3 on a circle of radius 2, turned by the context: c radians, c in [0, 1]."""
+    return Policy(Mixture([1.0] * 4, [[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]], 0.3))
+
+
 def gaussian() -> Gaussian:
     """A Gaussian in the plane of std 0.5, the scale that EDM assumes of data."""
     return Gaussian([0.0, 0.0], 0.5)
 
 
-EXACT: dict[str, Callable[[], Denoiser]] = {"ring8": ring8, "mog40": mog40, "gaussian": gaussian}
+EXACT: dict[str, Callable[[], Denoiser]] = {
+    "ring8": ring8, "mog40": mog40, "gaussian": gaussian, "mixture8": mixture8, "policy4": policy4,
+}  # fmt: skip
 
 
-def load(source: str) -> Denoiser:
+def load(source: str, network: type[nn.Module] | None = None) -> Denoiser:
     """A teacher, in eval mode.
 
     Args:
-        source: "exact:ring8", "exact:mog40", "exact:gaussian"; "exact:FILE.toml", a mixture with `weights`, `means` and
-            `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher ("digits"); or a denoiser's
-            safetensors file or run folder, with or without "file:" in front.
+        source: "exact:ring8", "exact:mog40", "exact:mixture8", "exact:policy4", "exact:gaussian"; "exact:FILE.toml", a
+            mixture with `weights`, `means` and `stds`; "exact:FILE.npz", a point set `x`; the name of a bundled teacher
+            ("digits"); "edm:FILE.pkl", a pickle of EDM, read without running it; "diffusers:DIR", a pipeline folder
+            (see `pipeline`); or a denoiser's safetensors file or folder, with or without "file:" in front. A file
+            without Limbeck's card is read by the JSON card beside it (see `own.Card`).
+        network: the caller's own class, for a file whose network is none of Limbeck's.
 
     Raises:
         ValueError: naming what is wrong.
@@ -50,14 +67,25 @@ def load(source: str) -> Denoiser:
     kind, _, rest = source.partition(":")
     if kind == "exact" and rest:
         return _exact(rest).eval()
+    if kind == "edm" and rest:
+        teacher = importer.load(Path(rest), "teacher")[0]
+        assert isinstance(teacher, Denoiser)
+        return teacher
+    if kind == "diffusers" and rest:
+        from limbeck.teachers import pipeline
+
+        return pipeline.load(Path(rest))
     try:
         path = artifact.locate(rest if kind == "file" and rest else source, "denoiser")
     except ValueError:
         raise ValueError(
             f"teacher: no file or bundled teacher {source!r}; expected digits, exact:{'|'.join(EXACT)}, "
-            "exact:FILE.toml, exact:FILE.npz or file:PATH"
+            "exact:FILE.toml, exact:FILE.npz, edm:FILE.pkl, diffusers:DIR or file:PATH"
         ) from None
-    denoiser: Denoiser = artifact.load(path, "denoiser")
+    card = own.card_of(path)
+    if card is not None:
+        return own.load(path, card, network)
+    denoiser: Denoiser = artifact.load(path, "denoiser", network)
     return denoiser
 
 

@@ -1,0 +1,115 @@
+"""Comparisons: variants times grid, means over seeds, and the studies that the repository keeps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck import compare, config
+
+STUDIES = Path(__file__).parent.parent / "studies"
+HERE = Path("study.toml")
+BASE: dict[str, Any] = {
+    "teacher": "exact:ring8", "optimizer": {"generator": {"lr": 1e-4}}, "method": {"name": "pid", "N": 9},
+}  # fmt: skip
+
+
+def cells(**grid: Any) -> dict[str, tuple[dict[str, Any], config.Recipe]]:
+    return {name: (settings, recipe) for name, settings, recipe in compare._cells({"base": BASE, **grid}, HERE)}
+
+
+def test_variants_are_combined_with_the_whole_grid() -> None:
+    other = {"name": "other one", "method": {"name": "sid"}, "optimizer": {"generator": {"betas": [0.5, 0.9]}}}
+    with pytest.raises(ValueError, match=r"^method\.N: unknown key"):
+        cells(variant=[other])
+    other["method"] = {"N": 20}
+    made = cells(variant=[{"name": "one"}, {**other, "batch": 7}], grid={"seed": [0, 3], "steps": [5]})
+    assert list(made) == [
+        "one-seed_0-steps_5", "one-seed_3-steps_5", "other_one-seed_0-steps_5", "other_one-seed_3-steps_5",
+    ]  # fmt: skip
+    settings, recipe = made["other_one-seed_3-steps_5"]
+    assert settings == {"variant": "other one", "seed": 3, "steps": 5}
+    assert (recipe.seed, recipe.steps, recipe.batch, recipe.method.N) == (3, 5, 7, 20)
+    # tables are merged, not replaced; and the base stays as it is
+    assert (recipe.optimizer["generator"].lr, recipe.optimizer["generator"].betas) == (1e-4, (0.5, 0.9))
+    assert made["one-seed_0-steps_5"][1].method.N == 9 and BASE["method"] == {"name": "pid", "N": 9}
+
+
+def test_a_variant_may_have_its_own_grid() -> None:
+    made = cells(variant=[{"name": "a"}, {"name": "b", "grid": {"seed": [5], "method.N": [4]}}], grid={"seed": [0, 1]})
+    assert list(made) == ["a-seed_0", "a-seed_1", "b-seed_5-N_4"]
+
+
+def test_without_variants_cells_are_those_of_the_grid() -> None:
+    assert list(cells(grid={"method.N": [4, 5]})) == ["N_4", "N_5"]
+    assert list(cells()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "line"),
+    [
+        ({"variant": {"name": "a"}}, "variant: must be a list of tables"),
+        ({"variant": [{"method": {"N": 3}}]}, "variant.name: every variant needs a name"),
+        ({"variant": [{"name": "a"}, {"name": "a"}]}, "variant.name: every variant needs a name"),
+        ({"variant": [{"name": "a", "grid": [1]}]}, "variant.grid: must be a table"),
+        ({"variant": [{"name": "a", "grid": {"seed": 3}}]}, "grid.seed: must be a list"),
+        ({"grid": {"seed": []}}, "grid.seed: must be a list"),
+    ],
+)
+def test_bad_grids(grid: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^study.toml: {line}"):
+        cells(**grid)
+
+
+def row(variant: str, seed: int, **metrics: float) -> dict[str, Any]:
+    floor = {"metrics": {"mmd": 0.1, "mode_recall": 1.0}}
+    watched = [{"images": 100, "metrics": metrics}, {"images": 50, "metrics": {"mmd": 2.0}}]
+    return {
+        "settings": {"variant": variant, "seed": seed}, "student": {"metrics": metrics}, "floor": floor,
+        "seconds": 2.0, "steps": 100, "images": 400, "history": watched,
+    }  # fmt: skip
+
+
+def test_means_are_over_seeds() -> None:
+    rows = [row("a", 0, mmd=1.0, mode_recall=0.5), row("a", 1, mmd=3.0, mode_recall=1.0), row("b", 0, mmd=5.0)]
+    a, b = compare._over_seeds(rows, ["mmd", "mode_recall"])
+    assert (a["variant"], a["seeds"], a["student"], a["spread"], a["floor"]) == (
+        "a",
+        2,
+        2.0,
+        pytest.approx(2**0.5),
+        0.1,
+    )
+    assert (a["mode_recall"], a["mode_recall spread"]) == (0.75, pytest.approx(0.5 / 2**0.5))
+    assert a["mode_recall floor"] == 1.0 and a["ms per step"] == 20.0
+    assert (b["student"], b["spread"], b["mode_recall"]) == (5.0, None, None)
+    assert compare.history(rows, "mmd") == {"a": [(50, 2.0), (100, 2.0)], "b": [(50, 2.0), (100, 5.0)]}
+    assert compare.history(rows, "mode_recall") == {"a": [(100, 0.75)]}
+    page = compare.page(
+        {"title": "t", "metric": "mmd", "grid": {"also": ["mode_recall"]}, "rows": rows, "summary": [a, b]}
+    )
+    assert "mmd over training" in page and "mode_recall over training" in page
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_studies_are_valid(path: Path) -> None:
+    grid = config.read_toml(path)
+    assert not {*grid} - {*compare.KEYS}
+    assert compare._cells(grid, path)
+
+
+def test_two_variants_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    text = config.dump_toml(
+        {
+            "metric": "mmd", "also": ["log_density"],
+            "base": {"teacher": "exact:ring8", **tiny, "every": {"evaluate": 3, "sample": 0}},
+            "variant": [{"name": n, "method": {"name": n}} for n in ("vardiu", "vdd")], "grid": {"seed": [0, 1]},
+        }
+    )  # fmt: skip
+    (tmp_path / "study.toml").write_text(text)
+    told = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)
+    assert [(r["variant"], r["seeds"]) for r in told["summary"]] == [("vardiu", 2), ("vdd", 2)]
+    assert all(r["spread"] > 0 and "log_density spread" in r for r in told["summary"])
+    assert len(told["rows"][0]["history"]) == 2
+    again = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)
+    assert again["summary"] == told["summary"]

@@ -1,0 +1,584 @@
+"""The alternating game: few-step generators, guidance, critics, gates, settling, pairs; and what equals what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from limbeck import unification
+from limbeck.critic import (
+    R1_STEP,
+    Adversarial,
+    Critic,
+    RatioScale,
+    critic_loss,
+    generator_loss,
+    nudged,
+    r1_penalty,
+)
+from limbeck.denoiser import Denoiser, Guided, Preconditioned
+from limbeck.divergence import DIVERGENCES
+from limbeck.exact import Gaussian, Mixture
+from limbeck.game import Game, Guidance, Settling
+from limbeck.generator import Dirac, FewStep, OneStep
+from limbeck.methods import METHODS
+from limbeck.methods.diff_instruct import DiffInstruct, diff_instruct_loss
+from limbeck.methods.dmd import DMD
+from limbeck.methods.dmd2 import DMD2
+from limbeck.methods.f_distill import FDistill
+from limbeck.methods.sds import SDS
+from limbeck.methods.sid import SiD
+from limbeck.methods.sida import SiDA
+from limbeck.methods.sim import SIM
+from limbeck.networks.mlp import MLP
+from limbeck.noise import LogNormal
+from limbeck.objective import Batch, Pairs
+from limbeck.source import NoiseSource, RealSource
+from limbeck.train import NonFinite, Trainer
+
+LAW = Mixture([0.4, 0.6], torch.tensor([[-1.0, 0.4], [0.5, -0.3]], dtype=torch.float64), [0.2, 0.3])
+N = 24
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def template(classes: int = 0, seed: int = 0) -> Preconditioned:
+    """A denoiser in float64 with no layer left at its zero start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = MLP((2,), classes, width=16, depth=1).double()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+    return Preconditioned(network, (2,), classes, LAW.sigma_data)
+
+
+def batch(latent: tuple[int, ...] = (2,), classes: int = 0) -> Batch:
+    cond = None
+    if classes:
+        cond = torch.nn.functional.one_hot(torch.arange(N) % classes, classes).double()
+    u = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+    coin = (7 * torch.arange(N, dtype=torch.float64) % N + 0.5) / N
+    real = LAW.sample(N, torch.Generator().manual_seed(3))
+    pairs = Pairs(normal(N, 2, seed=6), LAW.sample(N, torch.Generator().manual_seed(7)), cond)
+    return Batch(normal(N, *latent, seed=1), u, normal(N, 2, seed=2), cond, real, coin, normal(N, 2, seed=4), pairs)
+
+
+def players(method: Any, start: Denoiser) -> nn.ModuleDict:
+    """Players in float64 whose fake score and critic are not where they started."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        nets = nn.ModuleDict(method.players(start)).double()
+        for name in ("fake", "critic"):
+            if name in nets:
+                with torch.no_grad():
+                    for p in nets[name].parameters():
+                        p += 0.1 * torch.randn_like(p)
+    nets.eval().requires_grad_(False)
+    nets["generator"].requires_grad_(True)
+    return nets
+
+
+def slope(method: Any, nets: nn.ModuleDict, feed: Batch, teacher: Denoiser = LAW, **keys: Any) -> Tensor:
+    """Gradient of the generator's loss, summed over samples."""
+    loss = method.loss(nets, teacher, feed, **keys).sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(nets["generator"].parameters()))])
+
+
+def same(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    assert a.norm() > 1e-6
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+
+
+# What equals what -----------------------------------------------------------------------------------------------------
+
+
+def test_special_cases_have_equal_gradients() -> None:
+    feed, start, matching = batch(), template(), DiffInstruct(weight="dmd")
+    nets = players(matching, start)
+    truth = slope(matching, nets, feed)
+    same(slope(DMD2(game=Game()), nets, feed), truth)
+    same(slope(DMD(regression=0.0), nets, feed), truth)
+    idle = FDistill(divergence="reverse_kl", game=Game(adversarial=Adversarial(weight=0.0)))
+    judged = players(idle, start)
+    judged["fake"].load_state_dict(nets["fake"].state_dict())
+    same(slope(idle, judged, feed), truth)
+    judged["ratio"].mean.mul_(3)  # the ratio does not matter to reverse KL
+    same(slope(idle, judged, feed), truth)
+    plain = FDistill(divergence="reverse_kl", weight="uniform", game=idle.game)
+    same(slope(plain, judged, feed), slope(DiffInstruct(), nets, feed))
+    # and a divergence with a ratio is something else
+    other = FDistill(game=idle.game)
+    assert (slope(other, judged, feed) - truth).norm() > 1e-3 * truth.norm()
+
+
+def test_sida_without_its_critic_is_sid() -> None:
+    feed, start = batch(), template()
+    nets = players(SiDA(), start)
+    for alpha in (0.5, 1.0, 1.2):
+        sid = slope(SiD(alpha=alpha), nets, feed)
+        off = SiDA(alpha=alpha, game=Game(adversarial=Adversarial(weight=0.0)))
+        same(slope(off, nets, feed), sid)
+        on = SiDA(alpha=alpha, game=Game(adversarial=Adversarial(weight=0.1)))
+        assert (slope(on, nets, feed) - sid).norm() > 1e-3 * sid.norm()
+        same(slope(on, nets, feed, judged=False), sid)  # before its gate
+
+
+def test_squared_sim_is_twice_sid() -> None:
+    feed, nets = batch(), players(SiD(), template())
+    same(slope(SIM(distance="squared"), nets, feed), 2 * slope(SiD(alpha=1.0, normalizer="none"), nets, feed))
+
+
+def test_any_method_takes_a_critic() -> None:
+    feed, start = batch(), template()
+    for kind in (DiffInstruct, SiD, SIM, DMD, DMD2):
+        weak, strong = (kind(game=Game(adversarial=Adversarial(weight=w))) for w in (0.0, 0.3))
+        nets = players(strong, start)
+        view = strong.game.view(nets, LAW, feed, strong.levels)
+        extra = 0.3 * 2 * nn.functional.softplus(-view.logits)
+        torch.testing.assert_close(strong.loss(nets, LAW, feed), weak.loss(nets, LAW, feed) + extra)
+        assert strong.needs_real and not kind(game=Game()).needs_real
+
+
+def test_the_printed_table_is_that_of_the_divergences() -> None:
+    r = torch.linspace(0.2, 5, 50, dtype=torch.float64)
+    assert [row.divergence for row in unification.ROWS] == list(DIVERGENCES)
+    known = {"r": r, "ln": torch.log, "sqrt": torch.sqrt}
+    for row in unification.ROWS:
+
+        def value(text: str) -> Tensor:
+            for old, new in (
+                ("^", "**"),
+                ("ln r", "ln(r)"),
+                ("ln 2", "ln(two)"),
+                (") ln", ") * ln"),
+                ("r ln", "r * ln"),
+            ):
+                text = text.replace(old, new)
+            for old, new in (("2 r", "2 * r"), ("4 r", "4 * r"), ("2 (", "2 * ("), ("4 (", "4 * (")):
+                text = text.replace(old, new)
+            got = eval(text, {"two": torch.tensor(2.0, dtype=torch.float64), **known})  # text of our own module
+            return got + torch.zeros_like(r)
+
+        d = DIVERGENCES[row.divergence]
+        for printed, exact in (
+            (row.f, d.f(r)),
+            (row.score, 2 * d.h(r)),
+            (row.path, d.h(r) - d.h1(r)),
+            (row.pull, d.h2(r)),
+        ):
+            torch.testing.assert_close(value(printed), exact, rtol=1e-12, atol=1e-13)
+    assert len(unification.table()) > 15
+
+
+# Few steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_call_of_a_few_step_generator_is_one_step() -> None:
+    start = template()
+    one, few = OneStep(start, 3.0), FewStep(start, [3.0])
+    z = normal(N, 1, 2, seed=1)
+    assert few.nfe == 1 and few.latent_shape == (1, 2)
+    assert torch.equal(few(z), one(z[:, 0]))
+    # and in the game
+    feed, wide = batch(), batch((1, 2))
+    nets = players(SiD(), start)
+    few_nets = nn.ModuleDict(dict(nets.items()))
+    few_nets["generator"] = FewStep(nets["generator"].denoiser, [nets["generator"].sigma])
+    same(slope(SiD(), few_nets, replace(wide, z=feed.z[:, None]), call=1), slope(SiD(), nets, feed))
+
+
+def test_the_levels_of_few_steps_are_the_samplers() -> None:
+    made = Game(calls=4).players(template(), None)["generator"]
+    assert isinstance(made, FewStep) and made.nfe == 4 and made.latent_shape == (4, 2)
+    u = 0.49932  # where EDM's levels pass 2.5
+    for i, sigma in enumerate(made.sigmas):
+        low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+        assert sigma == pytest.approx(LAW.unit * (low + u * (1 - i / 4) * (high - low)) ** 7, rel=1e-3)
+    assert made.sigmas[0] == pytest.approx(2.5 * LAW.unit, rel=1e-12)
+    with pytest.raises(ValueError, match=r"^sigmas: "):
+        FewStep(template(), [1.0, 2.0])
+
+
+def test_only_the_last_call_is_differentiated() -> None:
+    start = template()
+    few, z = FewStep(start, [3.0, 1.0, 0.5]), normal(N, 3, 2, seed=1)
+    for calls in (1, 2, 3):
+        x = few.roll(z, None, calls)
+        got = torch.autograd.grad(x.sum(), list(start.parameters()))
+        with torch.no_grad():
+            before = few.roll(z, None, calls - 1) if calls > 1 else torch.zeros(N, 2, dtype=torch.float64)
+        sigma = few.sigmas[calls - 1]
+        last = start(before + sigma * z[:, calls - 1], torch.tensor(sigma))
+        for a, b in zip(got, torch.autograd.grad(last.sum(), list(start.parameters())), strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(few(z), few.roll(z, None, 3))
+    # every call takes its turn
+    turns = [list(SiD(game=Game(calls=3)).turns(step, 0))[-1] for step in range(6)]
+    seen = [cast(Any, turn.loss).keywords["call"] for turn in turns]
+    assert seen == [1, 2, 3, 1, 2, 3]
+
+
+# Guidance -------------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_of_one_changes_nothing_and_others_are_guided_denoisers() -> None:
+    start, feed, teacher = template(3), batch(classes=3), template(3, seed=9)
+    plain = SiD()
+    nets = players(plain, start)
+    truth = slope(plain, nets, feed, teacher)
+    same(slope(SiD(game=Game(guidance=Guidance(1.0, 1.0, 1.0))), nets, feed, teacher), truth)
+    guided = SiD(game=Game(guidance=Guidance(fake=1.5, teacher=2.0)))
+    by_hand = nn.ModuleDict(dict(nets.items()))
+    by_hand["fake"] = Guided(nets["fake"], 1.5)
+    same(slope(guided, nets, feed, teacher), slope(plain, by_hand, feed, Guided(teacher, 2.0)))
+    assert (slope(guided, nets, feed, teacher) - truth).norm() > 1e-3 * truth.norm()
+    with_critic = replace(guided, game=replace(guided.game, adversarial=Adversarial(weight=0.0)))
+    judged = players(with_critic, start)
+    same(slope(with_critic, judged, feed, teacher), slope(guided, judged, feed, teacher))
+
+
+def test_the_fake_scores_turn_drops_labels_only_under_guidance() -> None:
+    seen: list[Tensor] = []
+
+    class Spy(Denoiser):
+        def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+            assert cond is not None
+            seen.append(cond)
+            return x
+
+    feed = batch(classes=3)
+    assert feed.coin is not None and feed.cond is not None
+    generator = OneStep(template(3), 2.5)
+    for scale, dropped in ((1.0, 0), (1.5, round(0.25 * N))):
+        seen.clear()
+        game = Game(guidance=Guidance(fake_turn=scale, dropout=0.25))
+        nets = nn.ModuleDict({"generator": generator, "fake": Spy((2,), 3, 1.0)})
+        game.fake_turn().loss(nets, LAW, feed)
+        rows = seen[0][:N]
+        assert int((rows.sum(1) == 0).sum()) == dropped
+        assert torch.equal(rows[feed.coin >= 0.25], feed.cond[feed.coin >= 0.25])
+
+
+# Critics --------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_of_critics() -> None:
+    on_real, on_fake = normal(N, seed=1), normal(N, seed=2)
+    p, q = on_real.sigmoid(), on_fake.sigmoid()
+    entropy = -(p.log() + (1 - q).log())
+    torch.testing.assert_close(critic_loss(on_real, on_fake, "softplus"), entropy)
+    torch.testing.assert_close(critic_loss(on_real, on_fake, "bce"), entropy / 2)
+    hinge = (1 - on_real).clamp(min=0) + (1 + on_fake).clamp(min=0)
+    torch.testing.assert_close(critic_loss(on_real, on_fake, "hinge"), hinge)
+    torch.testing.assert_close(generator_loss(on_fake, "softplus"), -q.log())
+    torch.testing.assert_close(generator_loss(on_fake, "bce"), -q.log())
+    assert torch.equal(generator_loss(on_fake, "hinge"), -on_fake)
+
+
+def test_r1_is_the_squared_gradient() -> None:
+    """In the mean over directions, here exact: +-sqrt(d) along each axis have the second moments of N(0, I)."""
+    sd, sigma, x = 0.7, torch.full((4,), 1.3, dtype=torch.float64), normal(1, 2, seed=1).expand(4, 2)
+    directions = math.sqrt(2) * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)
+
+    def logit(x: Tensor) -> Tensor:
+        return torch.sin(x[:, 0]) + x[:, 0] * x[:, 1] ** 2
+
+    got = r1_penalty(logit(x), logit(nudged(x, sigma, directions, sd))).mean()
+    point = x[:1].clone().requires_grad_()
+    (g,) = torch.autograd.grad(logit(point).sum(), point)
+    exact = float(g.square().sum()) * (1.3**2 + sd**2)  # the gradient in c_in x
+    assert got.item() == pytest.approx(exact, rel=20 * R1_STEP**2 * 5)
+
+
+def test_a_critic_learns_the_density_ratio() -> None:
+    """On two Gaussians, whose log ratio at every noise level is known."""
+    torch.manual_seed(0)
+    here, there = Gaussian(torch.zeros(1), 1.0), Gaussian(torch.full((1,), 0.8), 1.0)
+    game = Game(adversarial=Adversarial(critic=1.0))
+    start = Preconditioned(MLP((1,), 0, 32, 2), (1,), 0, 1.0)
+
+    class Given(Dirac):
+        def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+            return z
+
+    given = Given((1,))
+    method = DiffInstruct(game=game)
+    run = Trainer(CriticOnly(method, given), here, start, steps=600, seed=1)
+    source = RealSource(NoiseSource((1,), (1,), 256, 0), lambda n, rng, labels: there.sample(n, rng).float())
+    for _ in range(600):
+        run.advance(source)
+    x = torch.linspace(-1, 1.5, 6)[:, None]
+    for s in (0.2, 0.6):
+        sigma = torch.full((6,), s)
+        with torch.no_grad():
+            _, features = run.nets["fake"].trace(x, sigma)
+            logit = run.nets["critic"](features)
+        exact = there.log_prob(x.double(), s) - here.log_prob(x.double(), s)
+        assert (logit - exact).abs().max() < 0.25
+
+
+class CriticOnly:
+    """The fake score's turn of a method, against a given generator."""
+
+    product, needs_real = "generator", True
+
+    def __init__(self, method: Any, given: nn.Module) -> None:
+        self.method, self.given = method, given
+
+    def players(self, start: Denoiser, generator: Any = None) -> dict[str, nn.Module]:
+        return {**self.method.players(start), "generator": self.given}
+
+    def optimizers(self) -> Any:
+        return {k: v for k, v in self.method.optimizers().items() if k != "generator"}
+
+    def turns(self, step: int, images: int) -> Any:
+        yield self.method.game.fake_turn()
+
+
+def test_teacher_features_leave_the_fake_score_to_its_own_loss() -> None:
+    feed, start, teacher = batch(), template(), template(seed=9).requires_grad_(False)
+    for features, reached in (("fake", True), ("teacher", False)):
+        game = Game(adversarial=Adversarial(critic=1.0, features=features))  # type: ignore[arg-type]
+        nets = players(DiffInstruct(game=game), start)
+        nets["fake"].requires_grad_(True)
+        nets["critic"].requires_grad_(True)
+        turn = game.fake_turn()
+        assert turn.players == ("fake", "critic")
+        turn.loss(nets, teacher, feed).sum().backward()
+        with_critic = torch.cat([p.grad.flatten() for p in nets["fake"].parameters() if p.grad is not None])
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in nets["critic"].parameters())
+        nets.zero_grad(set_to_none=True)
+        Game().fake_turn().loss(nets, teacher, feed).sum().backward()
+        alone = torch.cat([p.grad.flatten() for p in nets["fake"].parameters() if p.grad is not None])
+        assert torch.allclose(with_critic, alone) != reached
+
+
+def test_a_critic_needs_features() -> None:
+    with pytest.raises(ValueError, match=r"^template: a critic reads"):
+        Game(adversarial=Adversarial()).players(LAW, None)
+
+
+def test_the_ratio_has_mean_one_and_clipping_is_counted() -> None:
+    scale, u = RatioScale(bins=4, decay=0.0), (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    logits = 3 * normal(400, seed=1)
+    logits[7] = 50.0
+    scale.ratio(logits, u)
+    scale.commit()
+    r = scale.ratio(logits, u)
+    for k in range(4):
+        assert r[100 * k : 100 * (k + 1)].mean().item() == pytest.approx(1, rel=1e-12)
+    assert scale.told()["clipped_logits"].item() == 2 * (logits.abs() > 10).sum().item() > 0
+
+
+# Gates and settling ---------------------------------------------------------------------------------------------------
+
+
+def test_gates_open_at_their_images() -> None:
+    method = SiDA(game=Game(fake_first=100, adversarial=Adversarial(weight=1.0, after=200)))
+
+    def played(images: int) -> tuple[int, Any]:
+        turns = list(method.turns(0, images))
+        return len(turns), cast(Any, turns[-1].loss).keywords["judged"] if len(turns) > 1 else None
+
+    assert [played(i) for i in (0, 99, 100, 199, 200)] == [(1, None), (1, None), (2, False), (2, False), (2, True)]
+
+
+def test_settling_waits_for_a_level_loss() -> None:
+    watch, played = Settling(window=3), []
+    for turn in range(15):
+        watch.commit()  # a turn of somebody else counts for nothing
+        for part in (0.25, 0.75):  # two micro-batches
+            watch.add(torch.full((int(8 * part),), max(1.0, 2.0 - 0.2 * turn)))
+        watch.commit()
+        played.append(bool(watch.settled))
+    # windows: 1.8, 1.2, 1.0 (a sixth), 1.0 (nothing): settled after the fourth
+    assert played == [False] * 11 + [True] * 4
+
+
+def test_a_generator_waits_until_the_fake_score_has_settled() -> None:
+    run = Trainer(DiffInstruct(game=Game(settle=2)), LAW, template(), steps=50, seed=0)
+    before = [p.clone() for p in run.nets["generator"].parameters()]
+    source = NoiseSource((2,), (2,), 64, 0, dtype=torch.float64)
+    while not run.nets["settling"].settled:
+        told = run.advance(source)
+        if run.nets["settling"].settled:  # the generator plays from this very step
+            break
+        assert "loss/generator" not in told and told["settling/settled"] == 0
+        assert all(torch.equal(a, b) for a, b in zip(before, run.nets["generator"].parameters(), strict=True))
+        assert run.step <= 49
+    assert run.step >= 4 and run.images == 64 * run.step
+    assert "loss/generator" in told and told["settling/settled"] == 1
+
+
+# Points, pairs and NaN ------------------------------------------------------------------------------------------------
+
+
+def test_sds_is_diff_instruct_of_one_point() -> None:
+    point = Dirac((2,), scale=2.0).double()
+    feed = batch((1,))
+    nets, plain = nn.ModuleDict({"generator": point}), SDS(levels=LogNormal(), weight="uniform")
+    same(
+        slope(plain, nets, feed),
+        torch.autograd.grad(by_hand(point, feed).sum(), point.points)[0].flatten(),
+    )
+    # in closed form: for N(0, sd^2) the pull is (1 - b) x, b = sd^2 / (sd^2 + sigma^2), in the mean over +-eps
+    law = Gaussian(torch.zeros(2), 0.5)
+    mirrored = replace(feed, z=feed.z.repeat(2, 1), u=feed.u.repeat(2), eps=torch.cat([feed.eps, -feed.eps]))
+    sigma = LogNormal().scaled(law.unit).quantile(mirrored.u)
+    exact = ((sigma**2 / (sigma**2 + 0.25)).sum() * 2.0 * point.points * 2.0).flatten()
+    same(slope(plain, nets, mirrored, law), exact.detach() / law.unit**2)
+
+
+def by_hand(point: Dirac, feed: Batch) -> Tensor:
+    x = point(feed.z)
+    sigma = LogNormal().scaled(LAW.unit).quantile(feed.u)
+    real = LAW(x.detach() + sigma[:, None] * feed.eps, sigma)
+    return diff_instruct_loss(x, x.detach(), real) / LAW.unit**2
+
+
+def test_sds_reaches_a_mode() -> None:
+    angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    ring = Mixture([1.0] * 8, 2 * torch.stack([angles.cos(), angles.sin()], 1), [0.1] * 8)
+    start = Preconditioned(MLP((2,), 0, 8, 1), (2,), 0, ring.sigma_data)
+    run = Trainer(SDS(), ring, start, steps=800, seed=4)
+    for _ in range(800):
+        run.advance(NoiseSource((2,), (1,), 64, 4))
+    end = run.ema.module(torch.zeros(1, 1))
+    assert (end - 2 * torch.stack([angles.cos(), angles.sin()], 1)).norm(dim=1).min() < 0.1
+
+
+def test_points_have_classes() -> None:
+    points = Dirac((2,), classes=3)
+    rows = torch.eye(3)[[2, 0, 2]]
+    assert torch.equal(points(torch.zeros(3, 1), rows), points.points[[2, 0, 2]] * points.scale)
+    assert points(torch.zeros(4, 1)).shape == (4, 2)
+
+
+def test_dmd_regresses_on_its_pairs() -> None:
+    feed, nets = batch(), players(DMD(), template())
+    assert feed.pairs is not None
+    gap = (nets["generator"](feed.pairs.z) - feed.pairs.x) / LAW.unit
+    method = DMD(regression=0.7)
+    extra = method.loss(nets, LAW, feed) - DMD(regression=0.0).loss(nets, LAW, feed)
+    torch.testing.assert_close(extra, 0.7 * gap.square().sum(1))
+
+
+def test_one_bad_sample_stops_the_update_and_is_named() -> None:
+    class Broken(Denoiser):
+        """NaN for one sample, of which the trainer must know the number over all micro-batches."""
+
+        def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+            bad = (x == x.flatten()[0]).any(1, keepdim=True) & (len(x) == 3)
+            return torch.where(bad, math.nan, LAW(x, sigma))
+
+    for parts, index in ((1, None), (2, 3)):
+        run = Trainer(SiD(), Broken((2,), 0, LAW.sigma_data), template(), steps=9, seed=0)
+        source = NoiseSource((2,), (2,), 6, 0, micro_batches=parts, dtype=torch.float64)
+        if index is None:
+            run.advance(source)  # one batch of 6 is healthy
+            continue
+        before = [p.clone() for p in run.nets["generator"].parameters()]
+        with pytest.raises(NonFinite, match=r"turn of generator at step 0 \(seed 0\).*first bad sample: 0 of 6"):
+            run.advance(source)
+        assert all(torch.equal(a, b) for a, b in zip(before, run.nets["generator"].parameters(), strict=True))
+
+
+def test_dropping_nan_is_leaving_samples_out_at_an_unchanged_divisor() -> None:
+    feed, bad = batch(), 5
+
+    class Broken(Denoiser):
+        def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+            out = LAW(x, sigma)
+            return out if len(x) < N else torch.cat([out[:bad], torch.full_like(out[:1], math.nan), out[bad + 1 :]])
+
+    teacher, nets = Broken((2,), 0, LAW.sigma_data), players(SiD(), template())
+    kept = [k for k in range(N) if k != bad]
+    rest = Batch(feed.z[kept], feed.u[kept], feed.eps[kept])
+    same(slope(SiD(nan="drop"), nets, feed, teacher), slope(SiD(), nets, rest))
+    assert not torch.isfinite(slope(SiD(), nets, feed, teacher)).all()
+
+
+# Theory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_integral_kl_tells_disjoint_laws_apart() -> None:
+    """KL of two points is infinite; of their noised laws it is a^2 / (2 sigma^2), whose gradient points home."""
+    feed = batch()
+    for distance in (3.0, 30.0):
+        law = Gaussian(torch.zeros(2), 1e-9)
+        point = Dirac((2,), scale=1.0).double()
+        with torch.no_grad():
+            point.points.copy_(torch.tensor([[distance, 0.0]]))
+        sigma = LogNormal(0.0, 1.0).quantile(feed.u)
+        x = point(feed.z)
+        real = law(x + sigma[:, None] * feed.eps, sigma)
+        # sigma^2 grad KL(N(x, sigma^2) || N(0, sigma^2)) = x at every level: finite, and larger the further away
+        (g,) = torch.autograd.grad(diff_instruct_loss(x, x.detach(), real).mean(), point.points)
+        torch.testing.assert_close(g, torch.tensor([[distance, 0.0]], dtype=torch.float64), rtol=1e-7, atol=1e-7)
+
+
+def test_diff_instruct_at_sigma_0_is_the_kl_gan_update() -> None:
+    """With exact scores, (s_p - s_q) at sigma -> 0 is -grad ln r, what a GAN on KL takes from a perfect critic."""
+    student = Mixture([0.5, 0.5], torch.tensor([[-0.8, 0.0], [0.7, 0.2]], dtype=torch.float64), [0.4, 0.5])
+    x = student.sample(200, torch.Generator().manual_seed(0)).requires_grad_()
+    log_ratio = LAW.log_prob(x) - student.log_prob(x)
+    (gan,) = torch.autograd.grad(-log_ratio.sum(), x)
+    for s, tolerance in ((1e-2, 1e-2), (1e-3, 1e-4), (1e-4, 1e-6)):
+        sigma = torch.tensor(s, dtype=torch.float64)
+        with torch.no_grad():
+            fake, real = student(x, sigma), LAW(x, sigma)
+        (di,) = torch.autograd.grad(diff_instruct_loss(x, fake, real).sum() / s**2, x)
+        assert (di - gan).norm() <= tolerance * gan.norm()
+
+
+def test_health_is_measured_by_level() -> None:
+    method = SiD()
+    nets, feed = players(method, template()), batch()
+    told = method.health(nets, LAW, feed)
+    gaps = {key: value for key, value in told.items() if key.startswith("gap/")}
+    assert len(gaps) == 6 and "fake_loss" in told
+    view = method.game.view(nets, LAW, feed, method.levels)
+    squares = (view.fake - view.real).square().mean(1) / LAW.sigma_data**2
+    for (key, value), rows in zip(gaps.items(), torch.arange(N).chunk(6), strict=True):
+        assert value.item() == pytest.approx(squares[rows].mean().log().item(), rel=1e-9)
+        middle = LogNormal().quantile(feed.u[rows].mean())
+        assert float(key[4:]) == pytest.approx(middle.item(), rel=0.02)
+    equal = nn.ModuleDict({"generator": nets["generator"], "fake": LAW})
+    assert all(v == -math.inf for k, v in method.health(equal, LAW, feed).items() if k.startswith("gap/"))
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: SiDA(game=Game()), "game.adversarial: "),
+        (lambda: FDistill(game=Game()), "game.adversarial: "),
+        (lambda: METHODS["uni_instruct"](game=Game()), "divergence: jensen_shannon needs the density ratio"),
+        (lambda: DMD(game=Game(calls=2)), "game.calls: "),
+        (lambda: DMD(pairs=0), "pairs: "),
+        (lambda: DMD(regression=math.nan), "regression: "),
+        (lambda: SDS(weight="none"), "weight: "),  # type: ignore[arg-type]
+        (lambda: SDS().players(LAW, OneStep(template(), 1.0)), "generator: "),
+        (lambda: Adversarial(weight=-1), "weight: "),
+        (lambda: Adversarial(after=-1), "after: "),
+        (lambda: Guidance(teacher=math.inf), "teacher: "),
+        (lambda: Guidance(dropout=1.0), "dropout: "),
+        (lambda: Game(settle=-1), "settle: "),
+        (lambda: SiD(nan="repair"), "nan: "),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_bad_fields(make: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}") as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_a_critic_starts_undecided() -> None:
+    assert torch.equal(Critic(8)(torch.randn(5, 8)), torch.zeros(5))

@@ -1,0 +1,124 @@
+"""What a run makes of its teacher before the first step: samples and pairs, and a student network that imitates it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import limbeck
+from limbeck import artifact, run, stock
+from limbeck.exact import Mixture
+from limbeck.sample import heun
+from limbeck.teachers import load
+
+QUIET = {"tell": lambda line: None}
+
+
+def law() -> Mixture:
+    return Mixture([0.4, 0.6], torch.tensor([[-1.0, 0.4], [0.5, -0.3]], dtype=torch.float64), [0.2, 0.3])
+
+
+def test_pairs_are_the_teachers_and_survive_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "PART", 20)
+    calls: list[int] = []
+    solve = heun
+
+    def counted(*args: Any, **keys: Any) -> torch.Tensor:
+        calls.append(len(args[1]))
+        return solve(*args, **keys)
+
+    monkeypatch.setattr(stock, "heun", counted)
+
+    def stop(done: int) -> None:
+        if done == 40:
+            raise InterruptedError
+
+    whole = stock.teacher_pairs(law(), 50, 3, 5, tmp_path / "a", lambda done: None)
+    assert whole.z.shape == whole.x.shape == (50, 2) and whole.cond is None and calls == [20] * 3
+    torch.testing.assert_close(whole.x, solve(law(), whole.z, 5))
+    with pytest.raises(InterruptedError):
+        stock.teacher_pairs(law(), 50, 3, 5, tmp_path / "b", stop)
+    assert calls == [20] * 5
+    again = stock.teacher_pairs(law(), 50, 3, 5, tmp_path / "b", lambda done: None)
+    assert torch.equal(again.x, whole.x) and calls == [20] * 6
+    # a damaged part is drawn anew; another seed, teacher or number of steps is another stock
+    next(iter(sorted((tmp_path / "b").iterdir()))).write_bytes(b"damaged")
+    again = stock.teacher_pairs(law(), 50, 3, 5, tmp_path / "b", lambda done: None)
+    assert torch.equal(again.x, whole.x) and calls == [20] * 7
+    other = stock.teacher_pairs(law(), 50, 4, 5, tmp_path / "b", lambda done: None)
+    assert not torch.equal(other.x, whole.x) and len(calls) == 10
+    assert not torch.equal(stock.teacher_pairs(law(), 50, 3, 6, tmp_path / "b", lambda done: None).x, whole.x)
+    # fewer are the first ones
+    few = stock.teacher_pairs(law(), 30, 3, 5, tmp_path / "a", lambda done: None)
+    assert torch.equal(few.x, whole.x[:30])
+
+
+def test_pairs_of_a_conditional_teacher_have_labels(tmp_path: Path) -> None:
+    pairs = stock.teacher_pairs(load("digits"), 40, 0, 3, tmp_path, lambda done: None)
+    assert pairs.cond is not None and torch.equal(pairs.cond.sum(1), torch.ones(40))
+    torch.testing.assert_close(pairs.x, heun(load("digits"), pairs.z, 3, cond=pairs.cond), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_of_another_network_starts_as_the_teacher(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """The players of the first step are copies of what the warm start has made, and it is near the teacher."""
+    keys = {**tiny, "template": {"width": 32, "depth": 2}, "steps": 1, "warm_start": 300, "batch": 128}
+    keys["optimizer"] = {"generator": {"lr": 1e-12}, "fake": {"lr": 1e-12}}
+    teacher, x = load("exact:ring8"), torch.linspace(-3, 3, 40).reshape(20, 2)
+    errors = []
+    for warm in (300, 0):
+        keys["warm_start"] = warm
+        limbeck.distill("exact:ring8", "sid", out=tmp_path / str(warm), **QUIET, **keys)
+        student = artifact.load_generator(tmp_path / str(warm))
+        sigma = torch.tensor(1.0)
+        errors.append((student.denoiser(x, sigma) - teacher(x, sigma)).square().mean().item())  # type: ignore[operator]
+    assert errors[0] < 0.4 * errors[1]
+    assert not list((tmp_path / "300").glob("warm-start*"))
+    # PID does not start there
+    assert not getattr(limbeck.methods.METHODS["pid"], "warm_start", False)
+
+
+@pytest.mark.parametrize("method", ["sid", "dmd", {"name": "sida", "game": {"adversarial": {"weight": 0.1}}}])
+def test_an_interrupted_preparation_goes_on(
+    method: Any, tmp_path: Path, tiny: dict[str, Any], weights: Any, equal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**tiny, "warm_start": 6, "method": method}
+    if isinstance(method, dict):  # its critic's samples come from the teacher's sampler
+        keys["real"] = {"source": "teacher:60"}
+    if method == "dmd":
+        keys["method"] = {"name": "dmd", "pairs": 60}
+    monkeypatch.setattr(stock, "PART", 30)
+    method = keys.pop("method")
+    limbeck.distill("exact:ring8", method, out=tmp_path / "whole", **QUIET, **keys)
+    saved = run.checkpoint.save
+    for fatal in (0, 2, 5, 6, 9):  # six checkpoints of the warm start, then six of the run
+
+        class Killed(BaseException):
+            pass
+
+        count = iter(range(100))
+
+        def die(*args: Any, count: Any = count, fatal: int = fatal, killed: type = Killed, **keys: Any) -> Path:
+            if next(count) == fatal:
+                raise killed
+            return saved(*args, **keys)
+
+        out = tmp_path / "cut"
+        monkeypatch.setattr(run.checkpoint, "save", die)
+        with pytest.raises(Killed):
+            limbeck.distill("exact:ring8", method, out=out, **QUIET, **keys)
+        monkeypatch.setattr(run.checkpoint, "save", saved)
+        limbeck.distill("exact:ring8", method, out=out, **QUIET, **keys)
+        assert equal(weights(tmp_path / "whole"), weights(out)), fatal
+        shutil.rmtree(out)
+
+
+def test_health_is_in_the_log_and_on_the_page(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    limbeck.distill("exact:ring8", "sid", out=tmp_path / "a", **QUIET, **{**tiny, "warm_start": 2})
+    rows = [line for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all('"health/fake_loss"' in row and row.count('"health/gap/') >= 3 for row in rows)
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "Gap between the scores" in page and "loss on fresh samples" in page and "Generator: loss" not in page
