@@ -503,10 +503,9 @@ def test_what_is_missing_is_said() -> None:
     assert interval in summary.table_of({"student": dataclasses.asdict(scores)})
 
 
-def test_judges_name_what_they_measure(camera: ImageJudge, toy: ImageJudge) -> None:
+def test_judges_name_what_they_measure(camera: ImageJudge) -> None:
     names = measure_data(photos(300, 1), camera).metrics.keys()
-    assert names == camera.names - {name for name in camera.names if name.startswith("memorisation")}
-    assert "memorisation_share" not in toy.names
+    assert names == camera.names and "memorisation_share" not in names  # of too few real images
     for law in (ring8(), Gaussian([0.0, 0.0], 0.5), Empirical(torch.randn(50, 2))):
         judge = ExactJudge(law)
         assert measure_data(Data("p", law.sample(150), None), judge).metrics.keys() == judge.names

@@ -37,6 +37,7 @@ Metrics = dict[str, float]
 
 DRAWS = 10_000  # rows of the data themselves whose distance to all of them is a reference's own floor
 KEPT = 10_000  # rows of features that a tally or a reference keeps for the metrics that need samples
+COPIES = 400  # rows of a reference from which on samples are checked for copies: a half has two below its 1%
 WIDEST = 4096  # pixels up to which pixel-space moments are taken: their covariance has the square of that
 BOOTSTRAP = 256  # features up to which confidence intervals are computed: of 2,048, one distance takes half a minute
 
@@ -336,7 +337,9 @@ class ImageJudge:
         if self.answers:
             told.add("inception_score" if self.is_fid else "classifier_score")
         if len(self.reference.rows):
-            told |= {*PRDC._fields, "kid", "c2st", "sliced_wasserstein", "memorisation_ratio", "memorisation_share"}
+            told |= {*PRDC._fields, "kid", "c2st", "sliced_wasserstein"}
+        if len(self.reference.rows) >= COPIES:
+            told |= {"memorisation_ratio", "memorisation_share"}
         return told
 
     @property
@@ -473,7 +476,7 @@ class ImageTally:
                 told["sliced_wasserstein"] = sliced_wasserstein(self.rows, reference.rows) / spread
         if min(len(self.rows), len(reference.rows)) >= 100:
             told["c2st"] = c2st(self.rows[:5000], reference.rows[:5000])
-        if len(reference.rows) >= 400:
+        if len(reference.rows) >= COPIES:
             # the real images of one half play the training set, those of the other the held-out part: a model that
             # copies any of them has half its copies among the first
             one, other = reference.rows.tensor_split(2)
