@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from limbeck.files import check_file, check_folder
+
 VERBS = {
     "distill": ("SOURCE --out DIR [--method NAME] [--KEY VALUE ...]", "distil a teacher into a one-step generator"),
     "teach": ("DATA --out DIR [--method NAME] [--KEY VALUE ...]", "train a teacher, or a classifier for evaluation"),
@@ -26,7 +28,7 @@ VERBS = {
         "FILE ... [--out DIR] [--samples N ...] [--json]",
         "score runs, generators, teachers and samples side by side",
     ),
-    "compare": ("GRID.toml --out DIR", "run a grid of recipes and put their scores side by side"),
+    "compare": ("GRID.toml --out DIR [--features F]", "run a grid of recipes and put their scores side by side"),
     "export": (
         "FILE --to onnx|torch|diffusers|hub|web --out PATH [--runtime DIR] [--serve]",
         "write a generator in a form that other programs, or a browser, open",
@@ -192,6 +194,7 @@ class SampleOptions:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
         if Path(self.out).suffix not in (".png", ".npz"):
             raise ValueError(f"out: must end in .png or .npz, got {self.out}")
+        check_file(self.out)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ class EvaluateOptions:
         against: the law to score against, if it is not the first file's own teacher or data.
         out: folder for scores (an interrupted evaluation goes on), contest.json and contest.html.
         size: side to which pictures of a folder are resized.
+        teacher: score the teachers of generators beside them, by Heun's method of `teacher_steps`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -209,6 +213,7 @@ class EvaluateOptions:
     against: str | None = None
     out: str | None = None
     size: int | None = None
+    teacher: bool = True
 
 
 @dataclass(frozen=True)
@@ -277,6 +282,7 @@ class ReferenceOptions:
     def __post_init__(self) -> None:
         if Path(self.out).suffix != ".npz":
             raise ValueError(f"out: must end in .npz, got {self.out}")
+        check_file(self.out)
 
 
 @dataclass(frozen=True)
@@ -349,9 +355,7 @@ def _recipe(words: list[str], keys: dict[str, Any], field: str, default: str) ->
 
     source = _one(words, "SOURCE")
     as_json = keys.pop("json", None) == "true"
-    out = keys.pop("out", None)
-    if not isinstance(out, str):
-        raise Mistake("out: is missing; give a run folder with --out DIR")
+    out = _folder(keys.pop("out", None))
     is_file = source.endswith(".toml") and not source.startswith("exact:")
     table: dict[str, Any] = config.read_toml(Path(source)) if is_file else {field: source}
     method = table.get("method", {})
@@ -359,12 +363,21 @@ def _recipe(words: list[str], keys: dict[str, Any], field: str, default: str) ->
         method = {"name": method}
     if isinstance(method, dict) and ":" in str(method.get("name", "")) and "method" not in keys:
         raise Mistake(f"method.name: {method['name']!r} names code; give it on the command line with --method")
+    if is_file:
+        config.refuse_program(table, Path(source))
     table["method"] = {"name": keys.pop("method")} if "method" in keys else method
     for key, value in keys.items():
         config.set_dotted(table, key, _literal(value) if key.startswith("template.") else value)
     if isinstance(table["method"], dict):
         table["method"].setdefault("name", default)
-    return table, Path(out), as_json
+    return table, out, as_json
+
+
+def _folder(out: Any) -> Path:
+    if not isinstance(out, str):
+        raise Mistake("out: is missing; give a folder with --out DIR")
+    check_folder(out)
+    return Path(out)
 
 
 def _literal(text: Any) -> Any:
@@ -381,7 +394,6 @@ def _distill(words: list[str], keys: dict[str, Any]) -> None:
     network = _network(keys)
     table, out, as_json = _recipe(words, keys, "teacher", "pid")
     recipe = config.resolve(table, methods.METHODS, foreign=True)
-    _warn(recipe.evaluate.features)
     _print_result(run.run_distillation(recipe, out, _say, network=network), as_json)
 
 
@@ -391,7 +403,6 @@ def _teach(words: list[str], keys: dict[str, Any]) -> None:
     network = _network(keys)
     table, out, as_json = _recipe(words, keys, "data", "denoising")
     recipe = config.resolve(table, config.TEACHING)
-    _warn(recipe.evaluate.features)
     _print_result(run.run_teaching(recipe, out, _say, network), as_json)
 
 
@@ -406,6 +417,7 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config, summary
     from limbeck.evaluate.draws import Latents, generate, latents
     from limbeck.files import write_atomically
+    from limbeck.generator import Generator
     from limbeck.pictures import overview, png, to_bytes
 
     source, network = _one(words, "FILE"), _network(keys)
@@ -416,7 +428,9 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     except ValueError as error:
         raise Mistake(str(error).replace("label", "class")) from None  # `class` cannot be a field's name in Python
     model = _model(source, network)
-    sampler, _, shape, classes = summary.sampler_of(model, options.steps)
+    sampler, calls, shape, classes = summary.sampler_of(model, options.steps)
+    if "steps" in keys and isinstance(model, Generator):
+        raise Mistake(f"steps: belongs to teachers; {source} is a generator and takes {calls} network call(s)")
     drawn = latents(options.seed, range(options.count), shape, classes)
     if options.label is not None:
         if not 0 <= options.label < classes:
@@ -452,6 +466,8 @@ def _model(source: str, network: Any = None) -> Any:
         return artifact.load_generator(path, network)
     if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
         return artifact.load_generator(path, network)
+    if (path / "classifier.safetensors").is_file():
+        raise ValueError(f"{path}: holds a classifier, which draws no samples")
     if path.is_dir() and not (path / "denoiser.safetensors").is_file():
         raise ValueError(f"{path}: has no finished model yet")
     return teachers.load(source, network)
@@ -467,18 +483,17 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
         raise Mistake("FILE: expected at least one, got none")
     as_json, network = keys.pop("json", None) == "true", _network(keys)
     options: EvaluateOptions = config.validate(
-        EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size") if key in keys}
+        EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size", "teacher") if key in keys}
     )
     settings: Evaluation = config.validate(Evaluation, keys)
-    out = None if options.out is None else Path(options.out)
-    _warn(settings.features)
-    result = contest(words, settings, out, _say, options.against, options.size, network)
+    out = None if options.out is None else _folder(options.out)
+    result = contest(words, settings, out, _say, options.against, options.size, network, options.teacher)
     if rank_and_world()[0] != 0:
         return
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        columns = {row["name"]: row for row in result["rows"]} | {"floor": result["floor"]}
+        columns = {row["name"]: row for row in result["rows"]} | summary.truth_columns(result, settings.samples)
         for line in summary.table_of(columns):
             print(line)
 
@@ -486,12 +501,11 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
 def _compare(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import compare
 
-    out = keys.pop("out", None)
-    if not isinstance(out, str):
-        raise Mistake("out: is missing; give a folder with --out DIR")
+    out = _folder(keys.pop("out", None))
     as_json = keys.pop("json", None) == "true"
-    _known(keys, ())
-    _print_result(compare.compare(Path(_one(words, "GRID.toml")), Path(out), _say), as_json)
+    features = keys.pop("features", None)
+    _known(keys, ("features",))
+    _print_result(compare.compare(Path(_one(words, "GRID.toml")), out, _say, features), as_json)
 
 
 def _export(words: list[str], keys: dict[str, Any]) -> None:
@@ -512,14 +526,14 @@ def _export(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _reference(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import config, data, features
-    from limbeck.evaluate import Reference
+    from limbeck import config, data
+    from limbeck.evaluate.judge import measured_reference
 
     options: ReferenceOptions = config.validate(ReferenceOptions, keys)
-    samples = data.load(_one(words, "DATA"), options.size)
-    _warn(options.features)
-    network = features.load(options.features)
-    Reference.measure(samples, network, features.digest(options.features)).save(Path(options.out))
+    source = _one(words, "DATA")
+    data.check_size(options.size, source)
+    samples = data.load(source, options.size)
+    measured_reference(samples, options.features)[0].save(Path(options.out))
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
 
 
@@ -545,15 +559,6 @@ def _doctor(words: list[str], keys: dict[str, Any]) -> None:
         raise Unhealthy(f"{source}: {', '.join(finding.check for finding in diagnosis.findings)}")
 
 
-def _warn(source: str | None) -> None:
-    """Say that a feature network is a program, once however many processes there are."""
-    from limbeck import features
-
-    line = features.warning(source)
-    if line is not None and int(os.environ.get("RANK", "0")) == 0:
-        _say(line)
-
-
 def _show(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import show
 
@@ -576,6 +581,12 @@ def _help(verb: str, method: str | None) -> None:
         from limbeck import manual
 
         manual.print_keys(verb, method)
+    if verb in ("distill", "teach", "sample", "evaluate", "doctor"):
+        print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
+    if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show"):
+        print("--json                            print the result as JSON")
+    if verb == "compare":
+        print("--features F                      replaces evaluate.features of all runs, e.g. by a TorchScript file")
 
 
 ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {

@@ -34,11 +34,11 @@ from typing import Any
 
 from torch import Tensor
 
-from limbeck import config, methods, report, run, summary, teachers
+from limbeck import config, methods, report, run, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.evaluate import measure
-from limbeck.files import write_atomically
+from limbeck.evaluate import Judge, measure
+from limbeck.files import check_folder, write_atomically
 from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
@@ -46,8 +46,10 @@ from limbeck.sample import euler
 KEYS = ("title", "intro", "metric", "also", "x", "euler", "base", "variant", "grid")
 
 
-def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | None = None) -> dict[str, Any]:
     """Run the grid of the TOML file `path` in the folder `out`; write comparison.json and comparison.html there.
+
+    `features` replaces evaluate.features of all cells: a program may not be named in a file.
 
     Returns:
         The content of comparison.json.
@@ -59,19 +61,21 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
     for key in grid:
         if key not in KEYS:
             raise ValueError(f"{path}: {key}: unknown key, expected one of {', '.join(KEYS)}")
+    check_folder(out)
+    cells = _cells(grid, path, features)
+    judges = _checked(grid, path, out, cells)
     metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
-    cells = _cells(grid, path)
     rows: list[dict[str, Any]] = []
     solved: dict[str, dict[str, float]] = {}
     for number, (name, settings, recipe) in enumerate(cells, 1):
         tell(f"[{number}/{len(cells)}] {name}")
-        told = run.run_distillation(recipe, out / name, tell)
+        told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
         row: dict[str, Any] = {"name": name, "settings": settings}
-        kept = ("steps", "images", "seconds", "student", "teacher_scores", "floor", "history")
+        kept = ("steps", "images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes", "history")
         row |= {key: told[key] for key in kept if key in told}
         if grid.get("euler"):
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
-            solved[key] = solved.get(key) or _euler_scores(recipe)
+            solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
         rows.append(row)
     result = {
@@ -90,7 +94,47 @@ def compare(path: Path, out: Path, tell: Callable[[str], None]) -> dict[str, Any
     return result
 
 
-def _cells(grid: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any], Recipe]]:
+def _checked(
+    grid: Mapping[str, Any], path: Path, out: Path, cells: Sequence[tuple[str, dict[str, Any], Recipe]]
+) -> dict[str, Judge]:
+    """The judge of every cell by name.
+
+    Raises:
+        ValueError: for whatever would end a cell, or the table at the end.
+    """
+    kinds = {"title": str, "intro": str, "metric": str, "euler": bool}
+    for key, kind in kinds.items():
+        if key in grid and not isinstance(grid[key], kind):
+            wanted = "text" if kind is str else "true or false"
+            raise ValueError(f"{path}: {key}: must be {wanted}, got {grid[key]!r}")
+    also, axis = grid.get("also", []), grid.get("x")
+    if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
+        raise ValueError(f"{path}: also: must be a list of metrics, got {also!r}")
+    shared: dict[str, Judge] = {}
+    judges: dict[str, Judge] = {}
+    for name, settings, recipe in cells:
+        if name in judges:
+            raise ValueError(f"{path}: grid: two cells are called {name}; every value may stand there once")
+        if axis is not None and not isinstance(settings.get(axis), int | float):
+            raise ValueError(f"{path}: x: {axis!r} must be a key of the grid whose values are numbers")
+        if grid.get("euler") and not isinstance(recipe.method, PID):
+            raise ValueError(f"{path}: euler: only PID has a grid of N levels, {name} has another method")
+        key = json.dumps([recipe.teacher, config.plain(recipe.evaluate), recipe.size])
+        try:
+            judge = run.distillation(recipe, out / name, lambda line: None, judge=shared.get(key)).judge
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
+        if judge is None:
+            raise ValueError(f"{path}: {name}: nothing to score against (set evaluate.data and evaluate.features)")
+        judges[name] = shared[key] = judge
+        for metric in (grid.get("metric", "fd_feature"), *also):
+            if metric not in judge.names:
+                known = ", ".join(sorted(judge.names))
+                raise ValueError(f"{path}: metric: {name} will not have {metric!r}; it has {known}")
+    return judges
+
+
+def _cells(grid: Mapping[str, Any], path: Path, features: str | None) -> list[tuple[str, dict[str, Any], Recipe]]:
     """(name, varied settings, recipe) of every cell, all validated."""
     base, axes, variants = grid.get("base", {}), grid.get("grid", {}), grid.get("variant", [{}])
     for name, table in (("base", base), ("grid", axes)):
@@ -116,6 +160,9 @@ def _cells(grid: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any
             table = config.merged(base, overrides)
             for key, value in settings.items():
                 config.set_dotted(table, key, value)
+            config.refuse_program(table, path)
+            if features is not None:
+                config.set_dotted(table, "evaluate.features", features)
             parts = [f"{key.split('.')[-1]}_{value}" for key, value in settings.items()]
             if variant:
                 parts.insert(0, variant["name"])
@@ -126,14 +173,10 @@ def _cells(grid: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any
     return cells
 
 
-def _euler_scores(recipe: Recipe) -> dict[str, float]:
+def _euler_scores(recipe: Recipe, judge: Judge) -> dict[str, float]:
     """Scores of the teacher's Euler solver on the N levels of a PID recipe: the fixed point of its student."""
-    if not isinstance(recipe.method, PID):
-        raise ValueError("euler: only PID has a grid of N levels")
+    assert isinstance(recipe.method, PID)
     teacher = teachers.load(recipe.teacher or "")
-    judge = summary.judge_for(recipe.teacher or "", recipe.evaluate, teacher, recipe.size)
-    if judge is None:
-        raise ValueError(f"euler: there is no reference for {recipe.teacher}")
     levels = recipe.method.levels.scaled(teacher.unit).grid(recipe.method.N)[:-1]
     settings = recipe.evaluate
     return measure(
@@ -244,4 +287,5 @@ def page(result: Mapping[str, Any]) -> str:
             text = "Mean over seeds, on the noise and the fresh samples that watch a run."
             panels.append(report.Curve(f"{name} over training", text, "images", name, series))
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
-    return report.render_comparison(result["title"], grid.get("intro", ""), table, panels)
+    hashes = {row["name"]: row.get("hashes", {}) for row in result["rows"]}
+    return report.render_comparison(result["title"], grid.get("intro", ""), table, panels, {**result, "hashes": hashes})

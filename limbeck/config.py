@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from limbeck import methods, teaching
 from limbeck.ema import Average
@@ -66,7 +67,8 @@ class Evaluation:
         data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law
             that a learned teacher learned.
         reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
-        features: feature network of `data` or `reference`.
+        features: feature network of `data` or `reference`: a bundled name, a classifier's file, a TorchScript file
+            (.pt, a program: named on the command line or in Python only) or, in Python, a module.
         quantize: score images as 8-bit values.
         mmd_scale: length in whose units the kernels of `mmd` have their widths; None = the exact law's sigma_data.
     """
@@ -79,11 +81,13 @@ class Evaluation:
     teacher_steps: int = 18
     data: str | None = None
     reference: str | None = None
-    features: str | None = None
+    features: Any = None
     quantize: bool = True
     mmd_scale: float | None = None
 
     def __post_init__(self) -> None:
+        if not (self.features is None or isinstance(self.features, str | nn.Module)):
+            raise ValueError(f"features: must be a name, a file or a module, got {reprlib.repr(self.features)}")
         for name, least in (("samples", 2), ("draws", 1), ("seed", 0), ("teacher_steps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
@@ -289,7 +293,7 @@ def _over(default: Any, given: Any) -> Any:
     names = [f.name for f in dataclasses.fields(default)]
     if isinstance(default, Levels) and not given.keys() <= set(names):
         return given
-    return {**_plain(default), **{k: _over(getattr(default, k), v) if k in names else v for k, v in given.items()}}
+    return {**plain(default), **{k: _over(getattr(default, k), v) if k in names else v for k, v in given.items()}}
 
 
 def method_name(method: Any) -> str:
@@ -364,23 +368,32 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; expected one of {', '.join(known)}" if known else ""
 
 
+def refuse_program(table: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError if the recipe of a file names a TorchScript file: as with code, only the caller may."""
+    settings = table.get("evaluate")
+    source = settings.get("features") if isinstance(settings, Mapping) else None
+    if isinstance(source, str) and source.endswith(".pt"):
+        raise ValueError(f"evaluate.features: {path} names {source}, a program, which only the command line may name")
+
+
 def to_table(recipe: Recipe) -> dict[str, Any]:
     """The whole recipe as a nested dictionary of JSON-able values; what is None is left out."""
-    table = _plain(recipe)
-    table["method"] = {"name": method_name(recipe.method), **_plain(recipe.method)}
+    table = plain(recipe)
+    table["method"] = {"name": method_name(recipe.method), **plain(recipe.method)}
     return table
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested values as JSON-able ones, without what is None; an object given in Python, e.g. a module, by its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None}
+        return {f.name: plain(v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not None}
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items() if v is not None}
+        return {key: plain(v) for key, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    return f"<{type(value).__module__}.{type(value).__qualname__}>"  # an object given in Python, e.g. a feature network
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
 def dump_toml(table: Mapping[str, Any]) -> str:

@@ -90,6 +90,36 @@ def load(source: str, size: int | None = None) -> Data:
     return read_idx(path, source) if is_idx else read_pictures(path, size)
 
 
+def is_pictures(source: str | None) -> bool:
+    """Is `source` a folder of pictures, which can be resized?"""
+    path = Path(source or "")
+    return bool(source) and path.is_dir() and not any(path.glob("train-images-idx3-ubyte*"))
+
+
+def check_size(size: int | None, *sources: str | None) -> None:
+    """Raise ValueError if a size is given and none of the sources is a folder of pictures."""
+    if size is not None and not any(map(is_pictures, sources)):
+        named = ", ".join(source for source in sources if source)
+        raise ValueError(f"size: resizes folders of pictures only{f', not {named}' if named else ''}; leave it out")
+
+
+def check_range(samples: Data) -> None:
+    """Images (C, H, W) must lie in [-1, 1].
+
+    Raises:
+        ValueError: naming the data, also for floating-point values in [0, 1], the other convention.
+    """
+    if len(samples.shape) != 3:
+        return
+    low, high = float(samples.x.min()), float(samples.x.max())
+    hint = f"{samples.name}: its values span [{low:.4g}, {high:.4g}], images must lie in [-1, 1]"
+    if max(-low, high) > 1 + 1 / 255:  # half a grey level of overshoot rounds to the ends
+        raise ValueError(f"{hint}; clip or rescale them, or give uint8 of shape (n, H, W, C)")
+    grey = (samples.x + 1) * 127.5
+    if low >= 0 and low < high and float((grey - grey.round()).abs().max()) > 1e-3:
+        raise ValueError(f"{hint} and these look like [0, 1]; give 2 x - 1, or uint8 of shape (n, H, W, C)")
+
+
 def read_pictures(folder: Path, size: int | None) -> Data:
     """PNG, JPEG and WebP files of a folder, in order of their names; sub-folders are classes 0, 1, ... by name.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -78,6 +81,10 @@ class Classifier(nn.Module):
         """Class logits (B, classes) of features (B, features)."""
         return self.last(functional.dropout(features, self.dropout, self.training))
 
+    def chances(self, x: Tensor, features: Tensor) -> Tensor:
+        """Class probabilities (B, classes) of samples whose features are known."""
+        return torch.softmax(self.head(features), 1)
+
     def logits(self, x: Tensor) -> Tensor:
         """Class logits (B, classes) of samples (B, C, H, W)."""
         return self.head(self(x))
@@ -91,26 +98,47 @@ class Scripted(nn.Module):
     """A TorchScript feature network that reads 8-bit RGB images, as NVIDIA's Inception file does: the way to EDM's FID.
 
     Samples in [-1, 1] become bytes, grey becomes three equal channels. The script is called with return_features=True,
-    or without it if it takes no such argument.
+    or without it if it takes no such argument. One that takes it is a classifier without it, and has `chances`.
+
+    Attributes:
+        classes: number of classes, known after `width`; 0 = no classifier.
     """
+
+    classes = 0
 
     def __init__(self, script: torch.jit.ScriptModule) -> None:
         super().__init__()
         self.script = script
-        names = [argument.name for argument in cast(Any, script.forward).schema.arguments]
-        self.options = {"return_features": True} if "return_features" in names else {}
+        self.names = [argument.name for argument in cast(Any, script.forward).schema.arguments]
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, d) of samples (B, 1 or 3, H, W) in [-1, 1]."""
+        return self._call(x, {"return_features": True} if "return_features" in self.names else {})
+
+    def chances(self, x: Tensor, features: Tensor) -> Tensor:
+        """Class probabilities (B, classes): a second call. Inception's file gives them, other scripts may give logits.
+
+        The bias of the last layer is left out where that can be asked for, as the Inception Score does.
+        """
+        out = self._call(x, {"no_output_bias": True} if "no_output_bias" in self.names else {}).double()
+        sums = out.sum(1)
+        return out if bool((out >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()) else torch.softmax(out, 1)
+
+    def _call(self, x: Tensor, options: dict[str, bool]) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"features: this network reads images (B, 1 or 3, H, W), got {tuple(x.shape)}")
         images = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
         try:
-            features: Tensor = self.script(images.expand(-1, 3, -1, -1), **self.options)
-        except RuntimeError as error:
+            found = self.script(images.expand(-1, 3, -1, -1), **options)
+        except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"features: the script fails on images {tuple(x.shape[1:])} ({reason})") from None
-        return features.flatten(1)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"features: the script returns a {type(found).__name__}, expected a tensor (B, d)")
+        return found.flatten(1)
+
+
+_told: set[str] = set()  # programs of which the user has been told
 
 
 def load(source: str | nn.Module) -> nn.Module:
@@ -127,6 +155,11 @@ def load(source: str | nn.Module) -> nn.Module:
         network = source
     elif source.endswith(".pt"):
         network = _script(source)
+        digest_ = sha256(Path(source))
+        if digest_ not in _told and int(os.environ.get("RANK", "0")) == 0:
+            _told.add(digest_)
+            line = f"features: {source} is a program that now runs with your rights (SHA-256 {digest_[:16]}...)"
+            print(line, file=sys.stderr)
     else:
         network = artifact.load(artifact.locate(source, "classifier"), "classifier")
     return network.eval().requires_grad_(False)
@@ -165,11 +198,33 @@ def digest(source: str | nn.Module) -> str:
     return sha256(Path(source) if source.endswith(".pt") else artifact.locate(source, "classifier"))
 
 
-def warning(source: str | None) -> str | None:
-    """What to tell a user who names a feature network: a TorchScript file is a program. None if there is nothing."""
-    if source is None or not source.endswith(".pt") or not _is_script(source):
-        return None
-    return f"features: {source} is a program that now runs with your rights (SHA-256 {digest(source)[:16]}...)"
+def name(source: str | nn.Module) -> str:
+    """What to call a feature network."""
+    return source if isinstance(source, str) else type(source).__name__
+
+
+@torch.no_grad()
+def width(network: nn.Module, called: str, who: str, shape: tuple[int, ...]) -> int:
+    """Number of features that `network` gives of a sample of `shape`, found on zeros.
+
+    Raises:
+        ValueError: if it gives none, naming the network and whose samples they are.
+    """
+    zeros = torch.zeros(2, *shape)
+    try:
+        found = network(zeros)
+        if isinstance(network, Scripted) and "return_features" in network.names:
+            with contextlib.suppress(ValueError):  # it may give features alone
+                network.classes = network.chances(zeros, found).shape[1]
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{who}: its samples of shape {shape} do not suit the feature network {called} ({reason})"
+        ) from None
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"{who}: the feature network {called} gives {got} for 2 samples, expected rows (2, d)")
+    return found.shape[1]
 
 
 @torch.no_grad()

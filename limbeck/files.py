@@ -26,6 +26,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def check_folder(out: str | Path) -> None:
+    """Raise ValueError if no folder can be at `out`: it is empty, or a file is in its way."""
+    if not str(out):
+        raise ValueError("out: is empty, name a folder")
+    for place in (Path(out), *Path(out).parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"out: {place} is a file, a folder is needed")
+
+
+def check_file(out: str | Path) -> None:
+    """Raise ValueError if no file can be at `out`."""
+    if Path(out).is_dir():
+        raise ValueError(f"out: {out} is a folder, a file is needed")
+    check_folder(Path(out).parent)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:

@@ -50,11 +50,18 @@ def peak_memory_mib() -> int | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that Limbeck runs from, with "+" for local changes; None outside a checkout."""
-    here = Path(__file__).parent
+    """Commit of the checkout that Limbeck runs from, with "+" for local changes; None outside a checkout.
+
+    An environment inside the checkout of something else does not count: git must know this very file.
+    """
+    this = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=this.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", this.name)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from typing import Any
 
 import tyro
 
 from limbeck import cli, config, methods
+
+RENAMED = {"sample": {"label": "class"}, "import": {"role": "as"}}  # keys that are no names in Python
 
 
 def print_keys(verb: str, method: str | None) -> None:
@@ -16,26 +19,31 @@ def print_keys(verb: str, method: str | None) -> None:
     Raises:
         ValueError: for an unknown method.
     """
-    target, default = _subject(verb, method)
     form, _ = cli.VERBS[verb]
-    with contextlib.suppress(SystemExit):  # tyro leaves the process after printing help
-        tyro.cli(
-            target, prog=f"limbeck {verb} {form}", args=["--help"], default=default, use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )  # fmt: skip
+    for target, default in _subjects(verb, method):
+        printed = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):  # tyro leaves after printing help
+            tyro.cli(
+                target, prog=f"limbeck {verb} {form}", args=["--help"], default=default, use_underscores=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )  # fmt: skip
+        text = printed.getvalue()
+        for field, key in RENAMED.get(verb, {}).items():
+            text = text.replace(f"--{field} ", f"--{key} ".ljust(len(field) + 3))
+        print(text, end="")
 
 
-def _subject(verb: str, method: str | None) -> tuple[Any, Any]:
+def _subjects(verb: str, method: str | None) -> list[tuple[Any, Any]]:
     if verb in ("distill", "teach"):
         known = methods.METHODS if verb == "distill" else config.TEACHING
         recipe = config.resolve({"method": {"name": method or next(iter(known))}}, known)
-        return config.Recipe, recipe
-    kinds: dict[str, Any] = {
-        "sample": cli.SampleOptions,
-        "export": cli.ExportOptions,
-        "reference": cli.ReferenceOptions,
-        "import": cli.ImportOptions,
-        "doctor": cli.DoctorOptions,
-        "evaluate": config.Evaluation,
+        return [(config.Recipe, recipe)]
+    kinds: dict[str, list[Any]] = {
+        "sample": [cli.SampleOptions],
+        "export": [cli.ExportOptions],
+        "reference": [cli.ReferenceOptions],
+        "import": [cli.ImportOptions],
+        "doctor": [cli.DoctorOptions],
+        "evaluate": [cli.EvaluateOptions, config.Evaluation],
     }
-    return kinds[verb], tyro.MISSING_NONPROP
+    return [(kind, tyro.MISSING_NONPROP) for kind in kinds[verb]]

@@ -82,11 +82,29 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
+    "fid": Metric(
+        "FID",
+        "lower",
+        "Fréchet distance in the features of the Inception network that the literature's numbers refer to.",
+        "what Inception's features ignore, and memorised images. Compare only at the same number of images.",
+    ),
     "fd_feature": Metric(
         "Fréchet distance",
         "lower",
         "Distance between the mean and covariance of a network's features on generated and on real images.",
         "what the features ignore, and memorised images. Compare only for the same features and number of images.",
+    ),
+    "fd_feature_rest": Metric(
+        "Fréchet distance to the rest",
+        "lower",
+        "The same distance to one random half of the real images: the half that the choice of the best step never saw.",
+        "what the features ignore, and memorised images.",
+    ),
+    "fd_feature_infinity": Metric(
+        "Fréchet distance, extrapolated",
+        "lower",
+        "The same distance, extrapolated from subsets to infinitely many generated images; noisy, may be below zero.",
+        "what the features ignore, memorised images, and the chance in the choice of the real images.",
     ),
     "fd_pixel": Metric(
         "Fréchet distance, pixels",
@@ -104,6 +122,12 @@ METRICS: dict[str, Metric] = {
         "Inception score",
         "higher",
         "How sure a classifier is of each image, and how varied its answers are over all images.",
+        "the real data, which it never sees, and variety within a class.",
+    ),
+    "classifier_score": Metric(
+        "Classifier score",
+        "higher",
+        "The Inception score's formula with another classifier: compare under that classifier only.",
         "the real data, which it never sees, and variety within a class.",
     ),
     "class_accuracy": Metric(
@@ -136,8 +160,9 @@ METRICS: dict[str, Metric] = {
     ),
     "density": Metric(
         "Density",
-        "higher",
-        "How crowded with real samples the place of a generated sample is; about 1 for real data.",
+        "floor",
+        "How crowded with real samples the place of a generated sample is; about 1 for real data, above 1 if samples "
+        "crowd where the real ones are densest.",
         "missing kinds of samples.",
     ),
     "coverage": Metric(
@@ -149,10 +174,25 @@ METRICS: dict[str, Metric] = {
     ),
     "c2st": Metric(
         "Two-sample test",
-        "lower",
-        "How often a classifier tells a generated sample from a real one; 50 % is guessing.",
+        "floor",
+        "How often a classifier tells a generated sample from a real one; 50 % is guessing, less means copies.",
         "what neighbours cannot tell in many dimensions.",
         percent=True,
+    ),
+    "memorisation_share": Metric(
+        "Copies",
+        "floor",
+        "Share of generated samples that lie nearer to one half of the real ones than all but 1 % of the other half; "
+        "1 % for new samples, about 50 % for copies of the real ones.",
+        "quality, to copies that the features tell apart, and to single copies among many samples.",
+        percent=True,
+    ),
+    "memorisation_ratio": Metric(
+        "Distance to real samples",
+        "floor",
+        "Median distance of a generated sample to the nearest of one half of the real ones, over the other half's; "
+        "below 1 hints at copies or at samples that crowd in the middle of the data, above 1 at noise.",
+        "which of these it is, and to copies of fewer than half the samples.",
     ),
     "log_density": Metric(
         "Log-density",
@@ -179,7 +219,8 @@ METRICS: dict[str, Metric] = {
     "sliced_wasserstein": Metric(
         "Sliced Wasserstein distance",
         "lower",
-        "How far the samples have to move, seen from many directions, to become exact ones; in spreads of the data.",
+        "How far the samples, or their features, have to move, seen from many directions, to become real ones; in "
+        "spreads of the data.",
         "fine structure: mean, scale and outliers lead it.",
     ),
     "held_out_accuracy": Metric(
@@ -196,9 +237,23 @@ METRICS: dict[str, Metric] = {
         "how samples lie within a mode, and to those outside all modes.",
         percent=True,
     ),
+    "mode_outside": Metric(
+        "Outside all modes",
+        "floor",
+        "Share of samples farther than 3 standard deviations from every mode.",
+        "missing modes, and how samples lie within one.",
+        percent=True,
+    ),
+    "mode_spread": Metric(
+        "Spread within modes",
+        "floor",
+        "Root-mean-square radius inside the modes over its exact value; below 1 they are too concentrated.",
+        "missing modes, and stray samples.",
+    ),
 }
 
 HEADLINES = (
+    "fid",
     "fd_feature",
     "fd_pixel",
     "kid",
@@ -214,6 +269,18 @@ COLUMNS = {"nfe": "network calls", "ms_per_image": "ms per image"}
 
 # Names as the papers spell them, with what the method does in one clause.
 METHODS: dict[str, tuple[str, str]] = {
+    "sds": ("SDS", "a single sample moves along the teacher's score until the teacher finds it likely at every level"),
+    "sida": ("SiDA", "SiD, helped by a discriminator on real images that grows out of the tracking network"),
+    "sim": ("SIM", "the student shrinks a robust distance between the teacher's score and that of a tracking network"),
+    "dmd": (
+        "DMD",
+        "the student moves to where the teacher finds its samples likelier than a tracking network does, and keeps to "
+        "pairs of noise and teacher samples",
+    ),
+    "f_distill": (
+        "f-distill",
+        "as DMD2, with each sample weighted by an f-divergence of the density ratio that a discriminator estimates",
+    ),
     "pid": (
         "PID",
         "the student learns the teacher's whole path from noise to sample by satisfying its equation of motion",
@@ -234,6 +301,16 @@ METHODS: dict[str, tuple[str, str]] = {
     "vdd": ("VDD", "the student is a mixture of Gaussians, each of which climbs to where the teacher finds it likely"),
     "dmd2": ("DMD2", "the student matches the teacher's distribution, helped by a discriminator on real images"),
 }
+
+
+class Noted(NamedTuple):
+    """A score of a comparison, with its spread or interval in words."""
+
+    value: float
+    note: str
+
+
+TRUTHS = ("floor", "halves")  # rows of a comparison, and blocks of a report, that are the truth's own scores
 
 
 class Product(NamedTuple):
@@ -329,9 +406,15 @@ def render(report: Mapping[str, Any], panels: Sequence[Panel], log: Sequence[Map
 
 
 def render_comparison(
-    title: str, intro: str, table: Sequence[Mapping[str, str | float]], panels: Sequence[Panel]
+    title: str,
+    intro: str,
+    table: Sequence[Mapping[str, str | float | Noted]],
+    panels: Sequence[Panel],
+    provenance: Mapping[str, Any] | None = None,
 ) -> str:
     """The page that compares runs: a sortable table with one row per run, then `panels`. Write the result as UTF-8.
+
+    `provenance` holds the blocks `hashes`, `versions`, `machine` and `commit` of a result.
 
     Columns are the union of the rows' keys, in order of appearance; keys of `METRICS` get their name, the direction of
     improvement and an explanation, and the best value of such a column is marked.
@@ -345,6 +428,8 @@ def render_comparison(
             "Runs", "Click the head of a column to sort by it. The best score of a column is green.", _runs(table)
         ),
         _panels("Pictures and curves", panels, "No pictures or curves were given for this comparison."),
+        None if provenance is None else _section("Where the numbers come from", "", *_origin(provenance)),
+        version=_text(_mapping((provenance or {}).get("versions")).get("limbeck")),
     )
 
 
@@ -370,7 +455,8 @@ def history_curves(report: Mapping[str, Any]) -> list[Curve]:
         curves.append(
             Curve(
                 title=metric.name,
-                caption=metric.meaning,
+                caption=f"{metric.meaning} Watched during training on fewer samples than the table's, which the lines "
+                "are from.",
                 x_label=f"{run.noun}s" if unit == "images" else "training step",
                 y_label=AIMS[metric.aim] + (", in %" if metric.percent else ""),
                 series={"student": points},
@@ -427,6 +513,8 @@ class _Side:
     ms: float | None
     metrics: Mapping[str, float]
     spread: Mapping[str, Any]
+    intervals: Mapping[str, Any]
+    notes: Sequence[str]
     shares: Sequence[float]
 
     @classmethod
@@ -444,6 +532,8 @@ class _Side:
             _number(block.get("ms_per_image")),
             metrics,
             _mapping(block.get("spread")),
+            _mapping(block.get("intervals")),
+            [_text(note) for note in _sequence(block.get("notes"))],
             shares if len(shares) == len(listed) else [],
         )
 
@@ -465,7 +555,10 @@ class _Run:
     best: _Side
     teacher_scores: _Side
     floor: _Side
+    halves: _Side
     floor_note: str
+    floor_samples: int | None
+    samples: int | None  # of the scores
     seconds: float | None
     steps: int | None
     images: int | None
@@ -479,7 +572,8 @@ class _Run:
         method, idea = METHODS.get(name, (name, ""))
         product = PRODUCTS.get(_text(report.get("kind")), PRODUCTS["generator"])
         student = _Side.read("student", product.name, _mapping(report.get("student")))
-        floor, best = _mapping(report.get("floor")), _mapping(report.get("best"))
+        floor, halves = _mapping(report.get("floor")), _mapping(report.get("halves"))
+        best = _mapping(report.get("best"))
         return cls(
             product=product,
             distilled=product.verb == "distill",
@@ -491,7 +585,14 @@ class _Run:
             best=_Side.read("student", f"Best, step {_text(best.get('step'))}", best),
             teacher_scores=_Side.read("teacher", "Teacher", _mapping(report.get("teacher_scores"))),
             floor=_Side.read("target", "Floor", floor),
-            floor_note=_text(floor.get("note")),
+            halves=_Side.read("target", f"Halves, {_figure(_whole(halves.get('samples')) or 0)} each", halves),
+            floor_note=". ".join(
+                f"{name}: {note}"
+                for name, block in (("Floor", floor), ("Halves", halves))
+                if (note := _text(block.get("note")))
+            ),
+            floor_samples=_whole(floor.get("samples")),
+            samples=_whole(_mapping(_mapping(report.get("recipe")).get("evaluate")).get("samples")),
             seconds=_number(report.get("seconds")),
             steps=_whole(report.get("steps")),
             images=_whole(report.get("images")),
@@ -510,6 +611,7 @@ class _Run:
         An earlier checkpoint, "best", stands beside the last one if the run chose one.
         """
         told = [side for side in self.sides if side.metrics or self.distilled]
+        told += [self.halves] if self.halves.metrics else []
         return [told[0], self.best, *told[1:]] if self.best.metrics else told
 
     @property
@@ -1035,20 +1137,31 @@ def _scores(run: _Run) -> _Html:
         rows.append(_el("tr", _metric_cell(key, metric), *cells))
     table = _el("table.scores", _el("thead", _el("tr", *heads)), _el("tbody", *rows))
     teacher = "The teacher is the model that was distilled, sampled with all its network calls. "
-    floor = "The floor is what real data score: with this many samples, no model can be expected to do better."
+    floor = "The floor is what real data score: with this many samples, no model can be expected to do better. "
+    if run.floor_samples and run.samples and run.floor_samples != run.samples:
+        floor = (
+            f"The floor is what {_figure(run.floor_samples)} real {run.noun}s score, not as many as the "
+            f"{_figure(run.samples)} of the models: distances fall with their number, so it bounds nothing here. "
+        )
+    halves = "Halves: one random half of the real data against the other. "
     best = (
         "The first column is the last step. Best is the checkpoint that scored best on other noise against one half of "
         "the reference; its distance to the other half, which the choice has not seen, is fd_feature_rest. "
     )
     intro = (best if run.best.metrics else "") + (teacher if run.distilled else "")
     intro += floor if run.floor in run.columns else ""
+    intro += halves if run.halves in run.columns else ""
     note = " ".join(filter(None, [run.floor_note, *(f"{key} {_figure(run.floor.metrics[key])}." for key in extra)]))
+    missing = dict.fromkeys(note for side in run.columns for note in side.notes)
+    spreads = any(side.spread for side in run.columns), any(side.intervals for side in run.columns)
+    terms = ("± is the standard deviation over repeated draws.", "a … b is a 95 % bootstrap interval over the samples.")
     return _section(
         "Scores",
         intro,
         _el("div.card.wide", table),
-        _note(f"Floor: {note}") if note else None,
-        _note("± is the standard deviation over repeated draws.") if any(s.spread for s in run.columns) else None,
+        _note(note) if note else None,
+        *(_note(text) for text, shown in zip(terms, spreads, strict=True) if shown),
+        *map(_note, missing),
         _shares(run),
     )
 
@@ -1061,7 +1174,9 @@ def _metric_cell(key: str, metric: Metric | None) -> _Html:
 
 def _score_cell(side: _Side, key: str, metric: Metric | None, full: float) -> _Html:
     """The score with its spread, and a bar whose full length is `full` (none if that is 0)."""
-    value, number, spread = side.metrics.get(key), side.score(key), _spread(metric, side.spread.get(key))
+    value, number = side.metrics.get(key), side.score(key)
+    known = (_spread(metric, block.get(key)) for block in (side.spread, side.intervals))
+    spread = ", ".join(text for text in known if text)
     gauge = None
     if number is not None and full > 0:
         gauge = _el("span.gauge", _el("i", at={"style": f"width:{min(100.0, 100 * number / full):.1f}%"}))
@@ -1081,6 +1196,7 @@ def _spread(metric: Metric | None, spread: object) -> str:
 def _verdict(run: _Run, key: str, metric: Metric | None) -> _Html:
     """How the student stands to the teacher: a ratio where both are distances, else a difference."""
     ours, theirs, floor = (side.score(key) for side in run.sides)
+    floor = run.halves.score(key) if floor is None else floor
     if metric is None or ours is None or theirs is None or (metric.aim == "floor" and floor is None):
         return _el("td.verdict.void")
     gain = theirs - ours if metric.aim == "lower" else ours - theirs
@@ -1225,17 +1341,25 @@ def _provenance(report: Mapping[str, Any], verb: str) -> _Html:
     recipe = _mapping(report.get("recipe"))
     again = ["Saved as recipe.toml, it runs again with ", _el("code", f"limbeck {verb} recipe.toml --out DIR"), "."]
     source = _el("div.code", _el("pre", _toml(recipe), at={"tabindex": "0"}))
-    folds = [
+    fold = (
         _fold("Recipe", "every setting, as TOML", _join([_el("p.intro", *again), source]))
         if recipe
         else _missing("No recipe was recorded for this run.")
-    ]
+    )
+    return _section("How to repeat it", "", fold, *_origin(report))
+
+
+def _origin(report: Mapping[str, Any]) -> list[_Html]:
+    """Hashes, versions with the commit, and the machine."""
+    folds = []
+    if commit := _text(report.get("commit")):
+        report = {**report, "versions": {**_mapping(report.get("versions")), "commit": commit}}
     for key, about in (("hashes", "of the run's files"), ("versions", "of the software"), ("machine", "where it ran")):
         leaves = [(".".join(path), _text(value)) for path, value in _leaves(_mapping(report.get(key)))]
         rows = [_el("tr", _el("td", name), _el("td", value)) for name, value in leaves]
         missing = _missing(f"No {key} {'was' if key == 'machine' else 'were'} recorded for this run.")
         folds.append(_fold(key.capitalize(), about, _el("table.plain", *rows)) if rows else missing)
-    return _section("How to repeat it", "", *folds)
+    return folds
 
 
 def _fold(title: str, about: str, content: _Html) -> _Html:
@@ -1281,7 +1405,9 @@ def _toml_value(value: object) -> str:
 # --- the table of a comparison ----------------------------------------------------------------------------------------
 
 
-def _runs(table: Sequence[Mapping[str, str | float]]) -> _Html:
+def _runs(table: Sequence[Mapping[str, str | float | Noted]]) -> _Html:
+    notes = [{key: value.note for key, value in row.items() if isinstance(value, Noted)} for row in table]
+    table = [{key: value.value if isinstance(value, Noted) else value for key, value in row.items()} for row in table]
     columns = list(dict.fromkeys(key for row in table for key in row))
     if not columns:
         return _missing("No runs were given.")
@@ -1293,12 +1419,17 @@ def _runs(table: Sequence[Mapping[str, str | float]]) -> _Html:
         name = _el("button", _el("span", metric.name if metric else COLUMNS.get(key, key)), aim, at={"type": "button"})
         heads.append(_el("th" + ".num" * numeric, name, at={"title": metric.about} if metric else None))
         # the truth does not compete
-        rivals = [row.get(key) for row in table if row.get("name") != "floor"]
+        rivals = [row.get(key) for row in table if _text(row.get("name")).split(",")[0] not in TRUTHS]
         scores = [score for value in rivals if (score := _number(value)) is not None]
         best = None
         if metric and metric.aim != "floor" and len(scores) > 1:
             best = min(scores) if metric.aim == "lower" else max(scores)
-        cells.append([_run_cell(value, metric, numeric, best) for value in values])
+        cells.append(
+            [
+                _run_cell(value, metric, numeric, best, note.get(key, ""))
+                for value, note in zip(values, notes, strict=True)
+            ]
+        )
     rows = [_el("tr", *row) for row in zip(*cells, strict=True)]
     table_html = _el("table.sortable", _el("thead", _el("tr", *heads)), _el("tbody", *rows))
     known = [METRICS[key] for key in columns if key in METRICS]
@@ -1306,7 +1437,7 @@ def _runs(table: Sequence[Mapping[str, str | float]]) -> _Html:
     return _join([_el("div.card.wide", table_html), _el("dl.glossary", *terms) if terms else None])
 
 
-def _run_cell(value: object, metric: Metric | None, numeric: bool, best: float | None) -> _Html:
+def _run_cell(value: object, metric: Metric | None, numeric: bool, best: float | None, note: str = "") -> _Html:
     """A cell; what it is sorted by goes into `data-value`, and nothing if it is missing or not finite."""
     real, number = _real(value), _number(value)
     if value is None or value == "":
@@ -1316,4 +1447,6 @@ def _run_cell(value: object, metric: Metric | None, numeric: bool, best: float |
     whole = metric is None and number is not None and number.is_integer()
     shown = _figure(int(real)) if whole else _value(metric, real)
     tag = "td" + ".num" * numeric + ".best" * (number is not None and number == best)
-    return _el(tag, shown, at=None if number is None else {"data-value": repr(number)})
+    return _el(
+        tag, shown, _el("span.pm", note) if note else None, at=None if number is None else {"data-value": repr(number)}
+    )

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 import limbeck
 from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
-from limbeck.config import Every, Recipe
+from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
-from limbeck.files import write_atomically
+from limbeck.files import check_folder, write_atomically
 from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
 from limbeck.noise import Karras
@@ -108,6 +108,7 @@ def distill(
     named = teacher if isinstance(teacher, str) else _class_of(teacher)
     table = _table({"teacher": named, "method": method}, keys)
     recipe = config.resolve(table, methods.METHODS, foreign=True)
+    check_folder(out)
     return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher, network)
 
 
@@ -117,8 +118,21 @@ def run_distillation(
     tell: Tell,
     teacher: Denoiser | None = None,
     network: type[nn.Module] | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
-    """`distill` for a resolved recipe; `teacher` replaces the one that the recipe names."""
+    """`distill` for a resolved recipe; `teacher` and `judge` replace those that the recipe names."""
+    return _run(distillation(recipe, out, tell, teacher, network, judge), tell)
+
+
+def distillation(
+    recipe: Recipe,
+    out: Path,
+    tell: Tell,
+    teacher: Denoiser | None = None,
+    network: type[nn.Module] | None = None,
+    judge: Judge | None = None,
+) -> Job:
+    """The job of a recipe, checked as far as it can be before anything is written; arguments as `run_distillation`."""
     if recipe.data is not None:
         raise ValueError("data: belongs to `limbeck teach`; a distillation has a teacher")
     if recipe.teacher is None:
@@ -127,7 +141,12 @@ def run_distillation(
     teacher = teachers.load(name, network) if teacher is None else teacher
     recipe = _fit_levels(recipe, teacher, tell)
     template = student_template(recipe, teacher, network)
-    judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
+    needs_data = recipe.real.source == "data" or (recipe.real.source == "auto" and not _exact_provider(teacher))
+    if recipe.real.data is not None and not (recipe.method.needs_real and needs_data):
+        raise ValueError("real.data: nothing reads it, with this method and teacher and real.source; leave it out")
+    data.check_size(recipe.size, recipe.evaluate.data, recipe.real.data)
+    if judge is None:
+        judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
     trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
     generator = trainer.nets[recipe.method.product]
     assert isinstance(generator, Generator)
@@ -138,7 +157,8 @@ def run_distillation(
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, noise, provider)
     job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network)
-    return _run(job, tell)
+    check(job)
+    return job
 
 
 def _provider(recipe: Recipe, teacher: Denoiser) -> Provider | None:
@@ -249,6 +269,7 @@ def teach(
     denoiser, built with the keys `template`.
     """
     table = _table({"data": source, "method": method}, keys)
+    check_folder(out)
     return run_teaching(config.resolve(table, config.TEACHING), Path(out), tell, network)
 
 
@@ -269,9 +290,16 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module]
         raise ValueError("generator: belongs to `limbeck distill`; teaching makes none")
     if recipe.data is None:
         raise ValueError("data: is missing")
+    if recipe.real != Real():
+        raise ValueError("real: belongs to `limbeck distill`; teaching reads its data")
+    data.check_size(recipe.size, recipe.data, recipe.evaluate.data)
     samples = data.load(recipe.data, recipe.size)
-    # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser
-    plain = Denoiser(samples.shape, samples.classes, samples.sigma_data)
+    if samples.sigma_data == 0:
+        raise ValueError(f"{recipe.data}: all values are 0; sigma_data must be positive")
+    # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser; the
+    # levels are those of EDM's samplers, which its training law covers
+    reach = Karras().scaled(samples.sigma_data / 0.5)
+    plain = Denoiser(samples.shape, samples.classes, samples.sigma_data, reach.sigma_min, reach.sigma_max)
     denoising = recipe.method.product == "denoiser"
     template = student_template(recipe, plain, network) if denoising else plain
     judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size) if denoising else None
@@ -285,6 +313,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module]
     source = DataSource(noise, train.x, train.y)
     identity, product = samples.fingerprint(), recipe.method.product
     job = Job(recipe, out, trainer, source, identity, product, judge, network=network, held_out=held_out)
+    check(job)
     return _run(job, tell)
 
 
@@ -332,7 +361,7 @@ def _fit_levels(recipe: Recipe, teacher: Denoiser, tell: Tell) -> Recipe:
             max(levels.sigma_min, teacher.sigma_min / teacher.unit),
             min(levels.sigma_max, teacher.sigma_max / teacher.unit),
         )
-        if (low, high) != (levels.sigma_min, levels.sigma_max):
+        if low > levels.sigma_min * (1 + 1e-6) or high < levels.sigma_max * (1 - 1e-6):  # not by rounding alone
             tell(f"method.levels: cut to the teacher's range, {low:g} to {high:g}")
             cut = dataclasses.replace(levels, sigma_min=low, sigma_max=high)
             recipe = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, levels=cut))
@@ -383,11 +412,15 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: G
     )  # fmt: skip
 
 
+def check(job: Job) -> None:
+    """Raise ValueError for a model that cannot be stored, or a folder that holds something else."""
+    artifact.describe(job.trainer.ema.module)
+    _check_folder(job.out, config.to_table(job.recipe))
+
+
 def _run(job: Job, tell: Tell) -> dict[str, Any]:
     recipe, out = job.recipe, job.out
     table = config.to_table(recipe)
-    artifact.describe(job.trainer.ema.module)  # a model that cannot be stored is refused before it is trained
-    _check_folder(out, table)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     opinion = None
@@ -586,10 +619,8 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the keys.
     """
+    check_folder(out)
     path = out / "recipe.toml"
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"out: {place} is a file, a run needs a folder")
     if not path.is_file():
         if out.is_dir() and any(p.name not in (".lock", ".recipe.toml.tmp") for p in out.iterdir()):
             raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")

@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
     recipe = config.read_toml(path / "recipe.toml")
     if not (isinstance(recipe.get("steps"), int) and isinstance(recipe.get("method"), dict)):
         raise ValueError(f"{path / 'recipe.toml'}: not the recipe of a run, steps or method is missing")
-    report = _report(path / "report.json")
+    report = summary.read_report(path / "report.json")
     last = _last_row(path / "log.jsonl")
     checkpoints = sorted(p.name for p in (path / "checkpoints").glob("ckpt-*"))
     return {
@@ -38,17 +38,6 @@ def describe(path: Path) -> dict[str, Any]:
         "report": report,
         "recipe": recipe,
     }
-
-
-def _report(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        report: dict[str, Any] = json.loads(path.read_text())
-        int(report["steps"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged") from None
-    return report
 
 
 def _last_row(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from limbeck import artifact, config, data, features, report, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.evaluate import ExactJudge, ImageJudge, Judge, Reference, Scores, measure
+from limbeck.evaluate import ExactJudge, Judge, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, latents
-from limbeck.evaluate.judge import bundled_judge, is_inception, read_judge
+from limbeck.evaluate.judge import bundled_judge, measured_judge, read_judge
 from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.features import Classifier
 from limbeck.files import write_atomically
 from limbeck.generator import Generator, Trajectory
-from limbeck.machine import machine, peak_memory_mib, versions
+from limbeck.machine import commit, machine, peak_memory_mib, versions
 from limbeck.pictures import grid, png
 from limbeck.sample import heun
 
@@ -33,53 +32,61 @@ if TYPE_CHECKING:
 Panel = report.Picture | report.Scatter | report.Curve
 
 
-def judge_for(law: str, settings: Evaluation, teacher: Denoiser | None, size: int | None = None) -> Judge | None:
+def judge_for(
+    law: str,
+    settings: Evaluation,
+    teacher: Denoiser | None,
+    size: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Judge | None:
     """Who scores samples of a law; None if there is nothing to compare with.
 
     Args:
         law: name of the teacher or data set; a bundled one brings its reference.
-        teacher: an exact teacher is its own judge; of another the shape is checked.
+        teacher: an exact teacher is its own judge.
         size: side to which pictures of a folder of reference data are resized.
+        shapes: shape of a sample by the name of what makes it; None = the teacher's.
 
     Raises:
-        ValueError: if the reference or its features are incomplete, or do not fit the teacher.
+        ValueError: if the reference or its features are incomplete, or do not fit the samples.
     """
+    if shapes is None:
+        shapes = {} if teacher is None else {law: teacher.shape}
+    judge = _judge(law, settings, teacher, size, shapes)
+    if judge is not None:
+        for who, shape in shapes.items():
+            judge.check(who, tuple(shape))
+    return judge
+
+
+def _judge(
+    law: str,
+    settings: Evaluation,
+    teacher: Denoiser | None,
+    size: int | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Judge | None:
     if isinstance(teacher, Gaussian | Mixture | Empirical):
-        for name in ("data", "features"):
+        for name in ("data", "reference", "features"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"evaluate.{name}: an exact law is its own reference; leave evaluate.{name} out")
-        return ExactJudge(teacher, settings.seed, scale=settings.mmd_scale)
+        return ExactJudge(teacher, settings.seed, scale=settings.mmd_scale, source=law)
     if settings.data is not None and settings.data.startswith("exact:"):
         target = teachers.load(settings.data)
-        if not isinstance(target, Gaussian | Mixture | Empirical) or (teacher and teacher.shape != target.shape):
-            raise ValueError(f"evaluate.data: {settings.data} cannot judge samples of {law}")
-        return judge_for(settings.data, dataclasses.replace(settings, data=None), target)
-    judge: ImageJudge | None
+        return _judge(settings.data, dataclasses.replace(settings, data=None), target, size, shapes)
     if settings.reference is not None or settings.data is not None:
         if settings.features is None:
             raise ValueError("evaluate.features: a reference needs a feature network")
         if settings.reference is not None:
-            judge = read_judge(Path(settings.reference), settings.features, settings.quantize)
-        else:
-            judge = measured_judge(settings.data or "", settings.features, settings.quantize, size)
-    elif settings.features is not None:
+            return read_judge(Path(settings.reference), settings.features, settings.quantize)
+        samples = data.load(settings.data or "", size)
+        for who, shape in shapes.items():  # measuring takes minutes
+            if tuple(shape) != samples.shape:
+                raise ValueError(f"{who}: its samples have shape {shape}, those of {settings.data} {samples.shape}")
+        return measured_judge(samples, settings.features, settings.quantize)
+    if settings.features is not None:
         raise ValueError("evaluate.features: needs evaluate.data or evaluate.reference beside it")
-    else:
-        judge = bundled_judge(law, settings.quantize)
-    pixels = judge.reference.moments.get("pixel") if judge is not None else None
-    if teacher is not None and pixels is not None and len(pixels[0]) != math.prod(teacher.shape):
-        raise ValueError(
-            f"evaluate: reference samples have {len(pixels[0])} values, the teacher's shape is {teacher.shape}"
-        )
-    return judge
-
-
-def measured_judge(source: str, network: str, quantized: bool, size: int | None) -> ImageJudge:
-    """The judge of a data set in a feature network, measured now."""
-    samples, module = data.load(source, size), features.load(network)
-    reference = Reference.measure(samples, module, features.digest(network))
-    inception = is_inception(network, reference)
-    return ImageJudge(reference, module, samples.fingerprint(), quantized, is_fid=inception)
+    return bundled_judge(law, settings.quantize)
 
 
 def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int]:
@@ -118,6 +125,24 @@ def progress(recipe: Recipe, start: int) -> Iterator[Callable[[int, Mapping[str,
         yield moved
 
 
+def read_report(path: Path) -> dict[str, Any] | None:
+    """A run's report.json, None if there is none.
+
+    Raises:
+        ValueError: if it is damaged, naming it.
+    """
+    if not path.is_file():
+        return None
+    try:
+        told: dict[str, Any] = json.loads(path.read_text())
+        int(told["steps"])
+        for row in told.get("history", ()):
+            dict(row["metrics"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged; remove it, and the run's own command writes it again") from None
+    return told
+
+
 def conclude(
     job: Job, model: nn.Module, seconds: float, best: Best | None, tell: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -138,10 +163,15 @@ def conclude(
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
-        "hashes": {"teacher" if recipe.teacher else "data": job.identity},
+        "hashes": {
+            "teacher" if recipe.teacher else "data": job.identity,
+            job.product: artifact.fingerprint(model),
+            **(job.judge.hashes() if job.judge is not None else {}),
+        },
         "recipe": table,
         "versions": versions(),
         "machine": machine(),
+        "commit": commit(),
     }
     panels: list[Panel] = []
     if isinstance(model, Classifier) and job.held_out is not None:
@@ -165,11 +195,16 @@ def compare(job: Job, model: nn.Module, best: Best | None) -> dict[str, Any]:
     if best is not None and best.step < job.trainer.step:
         chosen = artifact.load(job.best_file, job.product, job.network)
         told["best"] = {**dataclasses.asdict(best), **dataclasses.asdict(_scores(job, chosen))}
+        told["best"]["sha256"] = artifact.fingerprint(chosen)
     if job.recipe.teacher is not None:
         told["teacher_scores"] = dataclasses.asdict(_scores(job, job.trainer.teacher))
-    told["floor"] = {"metrics": job.judge.floor(settings.samples), "note": job.judge.note}
-    told["hashes"] = {"teacher" if job.recipe.teacher else "data": job.identity, **job.judge.hashes()}
-    return told
+    return told | truths(job.judge, settings.samples)
+
+
+def truths(judge: Judge, samples: int) -> dict[str, Any]:
+    """What the truth scores, as the blocks `floor` and, if known, `halves` of a report."""
+    blocks = {"floor": judge.floor(samples), "halves": judge.halves()}
+    return {name: dataclasses.asdict(truth) for name, truth in blocks.items() if truth is not None}
 
 
 def _scores(job: Job, model: nn.Module) -> Scores:
@@ -259,18 +294,35 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
 
 MAIN = (
     "fid", "fd_feature", "fd_feature_rest", "fd_feature_infinity", "fd_pixel", "kid", "precision", "recall", "density",
-    "coverage", "class_accuracy", "class_balance", "classifier_score", "mmd", "sliced_wasserstein", "log_density",
-    "mode_recall", "c2st", "held_out_accuracy",
+    "coverage", "class_accuracy", "class_balance", "classifier_score", "inception_score", "mmd", "sliced_wasserstein",
+    "log_density", "mode_recall", "mode_outside", "mode_spread", "c2st", "memorisation_share", "memorisation_ratio",
+    "held_out_accuracy",
 )  # fmt: skip
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """The scores of a run as lines of text: student, best, teacher and floor."""
-    places = {"student": "student", "best": "best", "teacher": "teacher_scores", "floor": "floor"}
+    places = {"student": "student", "best": "best", "teacher": "teacher_scores"}
     columns: dict[str, Any] = {name: result[key] for name, key in places.items() if result.get(key)}
+    columns |= truth_columns(result, result.get("recipe", {}).get("evaluate", {}).get("samples"))
     if not columns:
         return ["no scores: there is no reference for this teacher (set evaluate.data and evaluate.features)"]
     return table_of(columns)
+
+
+def truth_columns(result: Mapping[str, Any], samples: int | None) -> dict[str, Any]:
+    """The truth's blocks of a result by name; the name says of how many samples, if it is not those of the models."""
+    blocks = {name: result[name] for name in report.TRUTHS if result.get(name)}
+    return {
+        name if block.get("samples") in (None, 0, samples) else f"{name}, n={block['samples']}": block
+        for name, block in blocks.items()
+    }
+
+
+def notes_of(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the columns `floor` and `halves` are, and why scores are missing, each sentence once."""
+    told = [f"{name}: {column['note']}." for name, column in columns.items() if column.get("note")]
+    return list(dict.fromkeys([*told, *(note for column in columns.values() for note in column.get("notes", ()))]))
 
 
 def table_of(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -287,10 +339,24 @@ def table_of(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name in MAIN:
         if any(name in column["metrics"] for column in columns.values()):
             lines.append(row(name, (_cell(column["metrics"].get(name)) for column in columns.values())))
+        for label, cell in (("  95 % interval", _interval), ("  +- over draws", _deviation)):
+            shown = [cell(column, name) for column in columns.values()]
+            if any(shown):
+                lines.append(row(label, (text or "-" for text in shown)))
     shares = [[v for k, v in column["metrics"].items() if k.startswith("share_")] for column in columns.values()]
     if any(shares):
         lines.append(row("share per mode, %", (f"{100 * min(s):.1f}-{100 * max(s):.1f}" if s else "-" for s in shares)))
-    return lines
+    return [*lines, *notes_of(columns)]
+
+
+def _interval(column: Mapping[str, Any], name: str) -> str:
+    ends = column.get("intervals", {}).get(name)
+    return "..".join(f"{end:.3g}" for end in ends) if ends else ""
+
+
+def _deviation(column: Mapping[str, Any], name: str) -> str:
+    value = column.get("spread", {}).get(name)
+    return "" if value is None else f"{value:.2g}"
 
 
 def _cell(value: float | None) -> str:

@@ -6,6 +6,7 @@ script to write them anew.
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from limbeck.networks.edm_layers import (
 from limbeck.networks.songunet import SongUNet
 
 DATA = Path(__file__).parent / "data"
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "edm_golden"
+GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden"))
 GOLDEN_NAMES = (
     "edm_adm_cond_multihead",
     "edm_adm_uncond_aug",
@@ -129,7 +130,7 @@ def preconditioning(name: str, sigma: Tensor, state: dict[str, Tensor], sigma_da
 def test_golden(name: str) -> None:
     path = GOLDEN / f"{name}.safetensors"
     if not GOLDEN.is_dir():
-        pytest.skip("golden files of the EDM networks not present beside the checkout")
+        pytest.skip("LIMBECK_GOLDEN does not name the folder of golden files of the EDM networks")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)

@@ -30,7 +30,7 @@ from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.evaluate import VALIDATION, ExactJudge, ImageJudge, Reference, Scores, measure, measure_data
 from limbeck.evaluate import contest as contests
 from limbeck.evaluate.draws import latents, quantize
-from limbeck.evaluate.judge import KEPT, is_inception, read_judge
+from limbeck.evaluate.judge import DRAWS, KEPT, is_inception, measured_judge, read_judge
 from limbeck.exact import Empirical, Gaussian
 from limbeck.features import Classifier
 from limbeck.generator import Generator, OneStep
@@ -72,7 +72,7 @@ def toy_data(count: int, seed: int = 100) -> Data:
 
 @pytest.fixture(scope="module")
 def toy() -> ImageJudge:
-    return ImageJudge(Reference.measure(toy_data(300), Toy(), "toy", samples=400), Toy(), "toy")
+    return ImageJudge(Reference.measure(toy_data(300), Toy(), "toy"), Toy(), "toy")
 
 
 def toy_scores(judge: ImageJudge, samples: int = 330, **keys: Any) -> Scores:
@@ -120,6 +120,10 @@ def test_ranges_share_no_sample() -> None:
 def test_labels_are_uniform() -> None:
     count = latents(0, range(5000), (1,), 10).labels.bincount(minlength=10).double()
     assert float(((count - 500).square() / 500).sum()) < 33.7  # exceeded once in ten thousand seeds
+
+
+def test_validation_begins_where_the_docs_say() -> None:
+    assert VALIDATION == 2**31
 
 
 def test_noise_is_standard_normal() -> None:
@@ -259,7 +263,7 @@ def test_torchrun_equals_one_process(
 
 
 def small_reference(count: int = 60) -> Reference:
-    return Reference.measure(toy_data(count), Toy(), "ab" * 32, samples=50)
+    return Reference.measure(toy_data(count), Toy(), "ab" * 32)
 
 
 def test_a_reference_comes_back(tmp_path: Path) -> None:
@@ -276,7 +280,7 @@ def test_a_reference_comes_back(tmp_path: Path) -> None:
 
 def test_moments_and_floors_of_a_reference() -> None:
     given = toy_data(60)
-    made = Reference.measure(given, Toy(), "", samples=50)
+    made = Reference.measure(given, Toy(), "")
     flat = given.x.double().flatten(1)
     for space in ("feature", "pixel"):
         torch.testing.assert_close(made.moments[space][0], flat.mean(0), rtol=1e-12, atol=1e-14)
@@ -326,7 +330,8 @@ def test_statistics_of_edm(tmp_path: Path) -> None:
     scores = measure_data(toy_data(60), judge)
     assert abs(scores.metrics["fd_feature"]) < 1e-10
     assert "kid" not in scores.metrics and "fd_pixel" not in scores.metrics
-    assert "unknown" in judge.note and judge.watching().watched
+    assert judge.floor(60).metrics == {} and "unknown" in judge.floor(60).note and judge.halves() is None
+    assert judge.watching().watched
 
 
 def changed(**arrays: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -352,6 +357,10 @@ BAD_REFERENCES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]
     "two floors": (changed(floor_fd_feature=np.zeros(2)), "not a reference file"),
     "count of text": (changed(count=np.array("many")), "not a reference file"),
     "EDM, other sigma": (lambda whole: {"mu": np.zeros(3), "sigma": np.eye(2)}, r"\(3,\) and a covariance of"),
+    "asymmetric": (changed(cov_feature=np.triu(np.ones((16, 16)))), "covariance of feature is not symmetric"),
+    "negative": (changed(cov_pixel=-np.eye(16)), "covariance of pixel is not positive semi-definite"),
+    "EDM, asymmetric": (lambda whole: {"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "is not symmetric"),
+    "EDM, negative": (lambda whole: {"mu": np.zeros(2), "sigma": np.diag([1.0, -0.1])}, "not positive semi-definite"),
     "EDM, NaN": (lambda whole: {"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "contain NaN or Inf"),
     "EDM, text": (lambda whole: {"mu": np.full(3, "a"), "sigma": np.eye(3)}, "not a reference file"),
     "EDM, empty": (lambda whole: {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
@@ -369,6 +378,13 @@ def test_bad_references(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         Reference.read(path)
     assert str(caught.value).startswith(f"{path}: not a reference file (") and "\n" not in str(caught.value)
+
+
+def test_rounding_does_not_make_a_covariance_bad(tmp_path: Path) -> None:
+    """Fewer samples than features, summed in single precision."""
+    rows = np.random.default_rng(0).normal(size=(20, 200)).astype(np.float32)
+    np.savez(tmp_path / "edm.npz", mu=rows.mean(0), sigma=np.cov(rows.T).astype(np.float32))
+    assert len(Reference.read(tmp_path / "edm.npz").moments["feature"][0]) == 200
 
 
 def test_damaged_references(tmp_path: Path) -> None:
@@ -405,7 +421,7 @@ def random_network() -> Classifier:
 
 @pytest.fixture(scope="module")
 def camera(random_network: Classifier) -> ImageJudge:
-    return ImageJudge(Reference.measure(photos(300, 0), random_network, "random", 300), random_network, "photos")
+    return ImageJudge(Reference.measure(photos(300, 0), random_network, "random"), random_network, "photos")
 
 
 @pytest.fixture(scope="module")
@@ -542,11 +558,11 @@ def test_watching_sees_the_half_only(camera: ImageJudge) -> None:
 def test_the_rest_does_not_see_the_half_that_chose_the_best_step() -> None:
     given = toy_data(60)
     rng = stream(0, "reference")
-    torch.randint(60, (50,), generator=rng)
+    torch.randint(60, (DRAWS,), generator=rng)
     half = torch.randperm(60, generator=rng)[:30]
     x = given.x.clone()
     x[half] = -x[half]
-    one, two = (Reference.measure(d, Toy(), "", samples=50) for d in (given, Data("toy", x, given.y)))
+    one, two = (Reference.measure(d, Toy(), "") for d in (given, Data("toy", x, given.y)))
     assert not torch.equal(one.moments["feature_half"][0], two.moments["feature_half"][0])
     assert not torch.equal(one.moments["feature"][0], two.moments["feature"][0])
     for a, b in zip(one.moments["feature_rest"], two.moments["feature_rest"], strict=True):
@@ -566,12 +582,14 @@ def ring_scores(x: Tensor, seed: int = 0) -> dict[str, float]:
 
 def test_the_truth_scores_near_the_floor() -> None:
     n = 1500
-    floor = ExactJudge(ring8()).floor(n)
+    floor = ExactJudge(ring8()).floor(n).metrics
     scores = ring_scores(ring8().sample(n, torch.Generator().manual_seed(9)))
     assert scores.keys() == floor.keys()
     for found in (scores, floor):
         assert found["log_density"] == pytest.approx(TRUE_DENSITY, abs=4 / math.sqrt(n))
         assert found["mode_recall"] == 1
+        assert found["mode_outside"] == pytest.approx(math.exp(-4.5), abs=4 * 0.1 / math.sqrt(n))
+        assert found["mode_spread"] == pytest.approx(1, abs=4 / math.sqrt(2 * n))
         assert found["c2st"] == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(2 * n))
         shares = [value for name, value in found.items() if name.startswith("share_")]
         # a mode's disc of three widths holds all but exp(-4.5) of it
@@ -594,6 +612,8 @@ def test_dropped_modes_and_narrow_ones() -> None:
     assert six["log_density"] == pytest.approx(truth["log_density"], abs=0.1)  # it does not see them
     wanted = TRUE_DENSITY + 1 - 0.02**2 / 0.1**2
     assert narrow["log_density"] == pytest.approx(wanted, abs=0.01) and narrow["log_density"] > TRUE_DENSITY + 0.9
+    assert narrow["mode_spread"] == pytest.approx(0.2, rel=0.05) and narrow["mode_outside"] == 0
+    assert "mode_spread" not in ring_scores(torch.zeros(150, 2))  # all outside
     for worse in (six, narrow):
         assert worse["c2st"] > truth["c2st"] + 0.03
     assert six["mmd"] > 2 * truth["mmd"] and six["sliced_wasserstein"] > 2 * truth["sliced_wasserstein"]
@@ -705,6 +725,26 @@ class Strict(nn.Module):
         return x.reshape([-1, 192]).float()[:, :5] + torch.zeros(x.shape[0], 5)
 
 
+class List(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x.flatten(1).float()]
+
+
+class Judging(nn.Module):
+    """Features are the channel means; without return_features, probabilities (or logits) of three classes."""
+
+    def __init__(self, logits: bool) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        means = x.double().mean([2, 3]) / 255
+        if return_features:
+            return means
+        scores = 9 * means + (0.0 if no_output_bias else 5.0) * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        return scores if self.logits else torch.softmax(scores, 1)
+
+
 class Mute(nn.Module):
     @torch.jit.export
     def other(self, x: Tensor) -> Tensor:
@@ -716,7 +756,9 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scripts")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        for module in (Means(), Plain(), Strict(), Mute()):
+        for name, module in (("probabilities", Judging(False)), ("logits", Judging(True))):
+            torch.jit.script(module).save(str(folder / f"{name}.pt"))
+        for module in (Means(), Plain(), Strict(), Mute(), List()):
             torch.jit.script(module).save(str(folder / f"{type(module).__name__.lower()}.pt"))
     torch.save({"weights": torch.zeros(3)}, folder / "pickle.pt")
     (folder / "text.pt").write_text("hello")
@@ -760,9 +802,29 @@ def test_what_is_no_script_is_refused(scripts: Path, name: str, says: str) -> No
     assert str(caught.value).startswith("features: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["probabilities", "logits"])
+def test_the_inception_score_of_a_script(scripts: Path, name: str) -> None:
+    """exp(mean KL) of the probabilities without the last layer's bias, whether the script gives them or logits."""
+    rng = torch.Generator().manual_seed(0)
+    given = Data("rgb", torch.randint(0, 256, (40, 3, 4, 4), generator=rng) / 127.5 - 1, None)
+    judge = measured_judge(given, str(scripts / f"{name}.pt"), True)
+    judge.check("rgb", given.shape)
+    means = (given.x.double() + 1).mul(127.5).round().mean([2, 3]) / 255
+    p = torch.softmax(9 * means, 1)
+    wanted = float((p * (p.log() - p.mean(0).log())).sum(1).mean().exp())
+    for judge_, key in ((judge, "classifier_score"), (dataclasses.replace(judge, is_fid=True), "inception_score")):
+        scores = measure_data(given, judge_, batch=7).metrics
+        assert scores[key] == pytest.approx(wanted, rel=1e-9) and key in judge_.names
+        assert len({"classifier_score", "inception_score"} & scores.keys()) == 1
+        assert "classifier_score" not in measure_data(given, judge_.watching()).metrics
+    silent = measured_judge(given, str(scripts / "means.pt"), True)  # gives features alone
+    assert "classifier_score" not in measure_data(given, silent).metrics | dict.fromkeys(silent.names)
+
+
 def test_a_script_is_named_as_a_program(
     scripts: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    features._told.clear()
     network = scripts / "means.pt"
     line = f"limbeck evaluate {digits} --data digits --features {network} --samples 50 --json"
     assert cli.main(shlex.split(line)[1:]) == 0
@@ -774,7 +836,7 @@ def test_a_script_is_named_as_a_program(
     assert row["metrics"]["fd_feature"] >= 0 and "fid" not in row["metrics"] and "class_accuracy" not in row["metrics"]
     reference = tmp_path / "r.npz"
     assert cli.main(["reference", "digits", "--features", str(network), "--out", str(reference)]) == 0
-    assert len([row for row in capsys.readouterr().err.splitlines() if "is a program that now runs" in row]) == 1
+    assert "program" not in capsys.readouterr().err  # said once
     assert Reference.read(reference).features == features.digest(str(network))
 
 
@@ -1052,7 +1114,7 @@ def test_the_nearest_images_of_a_copy_are_itself(digits: Path, tmp_path: Path) -
         def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
             return given.x[:1].expand(len(z), -1, -1, -1)
 
-    judge = contests.judge_of("digits", QUICK, None)
+    judge = contests.judge_of("digits", QUICK, None, {})
     who = contests.Contestant("digits", Copier(), None, 2)
     (panel,) = contests._neighbours([who], judge, QUICK)
     assert "Smallest pixel distance of a sample to any training image: 0 (0 is a copy)" in panel.caption
@@ -1068,7 +1130,9 @@ def test_panels_without_data_say_so(student: Path, digits: Path, tmp_path: Path)
     assert result["law"] == "gone"
     text = Outline((tmp_path / "out" / "contest.html").read_text()).text
     assert "Nothing to show: the data of gone are not on this machine (give --data)." in text
-    assert text.count("This picture was not recorded") == 1
+    assert "Nothing to show: no contestant takes more than one network call" in text
+    assert "Nothing to show: no contestant is a denoiser" in text
+    assert text.count("This picture was not recorded") == 3
 
 
 def test_the_data_of_a_teacher_of_ones_own(student: Path, digits: Path, tmp_path: Path) -> None:
@@ -1121,20 +1185,24 @@ def shelf(scripts: Path, student: Path, finished: Path, digits: Path, tmp_path_f
         "large.npz": {"x": np.zeros((50, 9, 9, 1), np.uint8)}, "rgb.npz": {"x": np.zeros((50, 8, 8, 3), np.uint8)},
         "classes.npz": {"x": np.zeros((50, 8, 8, 1), np.uint8), "y": np.full(50, 12)},
         "one.npz": {"x": np.zeros((1, 8, 8, 1), np.uint8)},
+        "half.npz": {"x": np.linspace(0, 1, 50 * 64).reshape(50, 1, 8, 8)},
+        "edmt.npz": {"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))},
         "edm5.npz": {"mu": np.zeros(5), "sigma": np.eye(5)}, "edm64.npz": {"mu": np.zeros(64), "sigma": -np.eye(64)},
     }  # fmt: skip
     for name, content in arrays.items():
         np.savez(folder / name, **content)
     (folder / "corrupt.npz").write_bytes(b"PK\x03\x04 nonsense")
-    for kind in ("empty", "corrupt", "mixed", "unfinished", "pngs"):
+    for kind in ("empty", "corrupt", "mixed", "unfinished", "pngs", "taught", "folder.npz"):
         (folder / kind).mkdir()
     (folder / "corrupt" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")
     for name, side in (("mixed/a.png", 8), ("mixed/b.png", 9), ("pngs/a.png", 9), ("pngs/b.png", 9)):
         (folder / name).write_bytes(limbeck.pictures.png(limbeck.pictures.grid(torch.zeros(1, 1, side, 40), 1)))
-    (folder / "unfinished" / "recipe.toml").write_text('teacher = "digits"\n')
+    for kind in ("unfinished", "taught"):
+        (folder / kind / "recipe.toml").write_text('teacher = "digits"\n')
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        artifact.save(folder / "other.safetensors", "classifier", Classifier((1, 8, 8), 10, 8, 64), {})
+        for name in ("other.safetensors", "taught/classifier.safetensors"):
+            artifact.save(folder / name, "classifier", Classifier((1, 8, 8), 10, 8, 64), {})
         artifact.save(folder / "wide.safetensors", "classifier", Classifier((3, 9, 9), 10, 8, 64), {})
     small_reference().save(folder / "toy.npz")
     (folder / "digits.ref.npz").write_bytes(artifact.bundled("digits-reference.npz").read_bytes())
@@ -1170,11 +1238,27 @@ BAD: list[tuple[str, tuple[str, ...]]] = [
     ("evaluate run digits", ("digits", "(1, 8, 8)", "exact:ring8", "(2,)")),
     (f"evaluate digits --reference digits.ref.npz {OTHER}", ("digits.ref.npz", "HASH", "other.", "OTHER")),
     (f"evaluate student.safetensors --reference toy.npz {OTHER}", ("toy.npz", "abababababab", "other.", "OTHER")),
-    (f"evaluate large.npz --reference edm64.npz {OTHER}", ("large.npz", "(1, 9, 9)", "(1, 8, 8)")),
+    (f"evaluate large.npz --reference digits.ref.npz {OTHER}", ("digits.ref.npz", "HASH", "other.", "OTHER")),
     ("evaluate large.npz --reference digits.ref.npz --features digits", ("(1, 9, 9)", "(1, 8, 8)")),
-    ("evaluate student.safetensors --reference edm5.npz --features digits", ("(64,)", "5 features")),
-    ("evaluate student.safetensors --reference edm64.npz --features digits", ("positive semi-definite",)),
-    ("evaluate student.safetensors --data digits --features wide.safetensors", ("(3, 9, 9)", "(1, 8, 8)")),
+    ("evaluate student.safetensors --reference edm5.npz --features digits", ("edm5.npz: has 5", "digits gives 64")),
+    ("evaluate student.safetensors --reference edm64.npz --features digits", ("edm64.npz", "positive semi-definite")),
+    ("evaluate student.safetensors --data digits --features wide.safetensors",
+     ("digits", "wide.safetensors", "(3, 9, 9)", "(1, 8, 8)")),
+    ("distill digits --out o --evaluate.reference edm5.npz --evaluate.features digits",
+     ("edm5.npz: has 5 features", "digits gives 64")),
+    ("distill digits --out o --evaluate.reference edm64.npz --evaluate.features digits",
+     ("edm64.npz", "positive semi-definite")),
+    ("distill digits --out o --evaluate.reference edmt.npz --evaluate.features digits", ("edmt.npz", "not symmetric")),
+    ("teach digits.npz --out o --evaluate.reference edm5.npz --evaluate.features digits", ("edm5.npz", "digits gives")),
+    ("evaluate digits --data large.npz --features gone", ("digits", "(1, 8, 8)", "large.npz", "(1, 9, 9)")),
+    ("evaluate half.npz --against digits", ("half.npz: its values span [0, 1]", "2 x - 1")),
+    ("evaluate run --reference edm5.npz --features digits", ("evaluate.reference: an exact law",)),
+    ("evaluate taught", ("taught: holds a classifier", "--features")),
+    ("evaluate run --out text.pt", ("out: text.pt is a file",)),
+    ("evaluate run --out text.pt/o", ("out: text.pt is a file",)),
+    ("evaluate run --out=", ("out: is empty",)),
+    ("evaluate run --teacher maybe", ("teacher: ", "'maybe'")),
+    ("evaluate run digits.npz --size 8", ("size: ", "digits.npz")),
     # references and features
     ("evaluate student.safetensors --reference digits.ref.npz", ("evaluate.features: a reference needs a feature",)),
     ("evaluate student.safetensors --features digits", ("evaluate.features: needs evaluate.data",)),
@@ -1192,7 +1276,7 @@ BAD: list[tuple[str, tuple[str, ...]]] = [
     ("evaluate digits --draws 0", ("draws: must be at least 1",)),
     ("evaluate digits --quantize maybe", ("quantize: ", "'maybe'")),
     ("evaluate pngs --against digits --size 0", ("size: must be at least 1, got 0",)),
-    ("evaluate digits@1", ("digits@1",)),
+    ("evaluate digits@1", ("digits@1", "at least 2 steps")),
     ("evaluate digits --out", ("--out: needs a value",)),
     # limbeck reference
     ("reference --features digits --out r.npz", ("DATA: expected one, got none",)),
@@ -1206,8 +1290,15 @@ BAD: list[tuple[str, tuple[str, ...]]] = [
     ("reference mixed --features digits --out r.npz", ("b.png: has 27 x 120 pixels", "--size")),
     ("reference whole.npz --features digits --out r.npz", ("got int64",)),
     ("reference one.npz --features digits --out r.npz", ("one.npz: a reference needs at least 4 samples, got 1",)),
-    ("reference large.npz --features digits --out r.npz", ("(1, 8, 8)", "(1, 9, 9)")),
-    ("reference plane.npz --features means.pt --out r.npz", ("(B, 1 or 3, H, W)", "(50, 2)")),
+    ("reference large.npz --features digits --out r.npz", ("large.npz", "digits", "(1, 8, 8)", "(1, 9, 9)")),
+    ("reference bytes.npz --features digits --out r.npz", ("bytes.npz: its values span [200, 200]", "[-1, 1]")),
+    ("reference half.npz --features digits --out r.npz", ("half.npz: its values span [0, 1]", "[-1, 1]", "2 x - 1")),
+    ("reference classes.npz --features digits --out r.npz", ("classes.npz", "labels up to 12", "10 classes")),
+    ("reference digits --size 8 --features digits --out r.npz", ("size: ", "digits")),
+    ("reference digits --features digits --out folder.npz", ("out: folder.npz is a folder",)),
+    ("reference digits --features digits --out text.pt/r.npz", ("out: text.pt is a file",)),
+    ("reference digits.npz --features list.pt --out r.npz", ("digits.npz", "list.pt", "returns a list")),
+    ("reference plane.npz --features means.pt --out r.npz", ("(B, 1 or 3, H, W)", "(2,)")),
     ("reference digits --features text.pt --out r.npz", ("text.pt is not a TorchScript file",)),
     ("reference digits --features gone --out r.npz", ("'gone'",)),
     ("reference pngs --size -1 --features digits --out r.npz", ("size: must be at least 1, got -1",)),

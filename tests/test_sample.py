@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from limbeck.networks.songunet import SongUNet
 from limbeck.noise import Karras, LogUniform
 from limbeck.sample import ancestral, euler, heun
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "edm_golden"
+GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden"))
 MEAN, STD = 0.3, 0.5
 LAW = Gaussian(MEAN, STD)
 KARRAS = Karras()
@@ -256,7 +257,7 @@ def test_ancestral_draws_from_the_given_generator_alone() -> None:
 @torch.no_grad()
 def test_recorded_run_of_edm() -> None:
     if not GOLDEN.is_dir():
-        pytest.skip("golden files of the EDM networks not present beside the checkout")
+        pytest.skip("LIMBECK_GOLDEN does not name the folder of golden files of the EDM networks")
     path = GOLDEN / "edm_ddpmpp_uncond_aug.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

@@ -6,6 +6,7 @@ python tools/bundle.py runs/digits-teacher digits
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from limbeck.evaluate import Reference, measure
 from limbeck.features import Classifier
 from limbeck.features import load as load_features
 from limbeck.files import sha256
+from limbeck.noise import Karras
 
 
 def main() -> None:
@@ -32,7 +34,11 @@ def main() -> None:
     facts["versions"] = json.loads((run / "report.json").read_text())["versions"]
 
     def write() -> torch.nn.Module:
-        artifact.save(target, kind, artifact.load(source, kind), facts, torch.float16)
+        module = artifact.load(source, kind)
+        if isinstance(module, Denoiser) and module.sigma_max == math.inf:  # taught before runs kept their range
+            reach = Karras().scaled(module.unit)
+            module.sigma_min, module.sigma_max = reach.sigma_min, reach.sigma_max
+        artifact.save(target, kind, module, facts, torch.float16)
         return artifact.load(target, kind)  # what users get: the weights after rounding
 
     model = write()
@@ -50,7 +56,7 @@ def main() -> None:
         sampler, nfe, shape, classes = summary.sampler_of(model, settings.teacher_steps)
         scores = measure(sampler, nfe, judge, shape, classes, samples=settings.samples)
         facts["scores"] = {"nfe": nfe, **scores.metrics}
-        facts["floor"] = judge.floor(settings.samples)
+        facts["floor"] = judge.floor(settings.samples).metrics
         write()
     print(target, target.stat().st_size, json.dumps(facts["scores"]))
 

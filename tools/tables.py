@@ -48,7 +48,9 @@ def table(name: str) -> str:
     seeds, images = rows[0]["seeds"], rows[0]["images"]
     facts = {"seeds": f"{seeds} seed{'s' if seeds > 1 else ''}", "images": f"{images:,} images"}
     where = result["machine"]
-    commit, torch = f"commit {(result['commit'] or 'unknown')[:9]}", f"torch {result['versions']['torch']}"
+    known = result["commit"] or "unknown"
+    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
+    torch = f"torch {result['versions']['torch']}"
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [

@@ -47,6 +47,7 @@ class Scores:
         spread: standard deviation over the draws, with two draws and more.
         intervals: 95% bootstrap intervals of the first draw.
         details: lists of the first draw, e.g. the accuracy of each class.
+        notes: what is missing, and why.
         ms_per_image: time of one sample within a batch.
     """
 
@@ -56,6 +57,7 @@ class Scores:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     details: dict[str, list[float]] = field(default_factory=dict)
     ms_per_image: float | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def measure(
@@ -97,6 +99,8 @@ def measure(
             seconds += time.perf_counter() - before
             tally.add(x, drawn.labels)
         found.append(judgement_of_all(judge, tally))
+    # the time of a sample, not of its share of the processes
+    seconds = sum(float(state["seconds"]) for state in gather({"seconds": torch.tensor(seconds)}))
     return combine(nfe, found, 1000 * seconds / (draws * samples))
 
 
@@ -124,4 +128,4 @@ def combine(nfe: int, found: Sequence[Judgement], ms_per_image: float | None = N
     names = found[0].metrics
     metrics = {name: statistics.fmean(f.metrics[name] for f in found) for name in names}
     spread = {name: statistics.stdev(f.metrics[name] for f in found) for name in names} if len(found) > 1 else {}
-    return Scores(nfe, metrics, spread, found[0].intervals, found[0].details, ms_per_image)
+    return Scores(nfe, metrics, spread, found[0].intervals, found[0].details, ms_per_image, found[0].notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ from limbeck.evaluate import Judge, Scores, measure, measure_data
 from limbeck.evaluate.draws import Latents, generate, latents
 from limbeck.evaluate.judge import ExactJudge, ImageJudge
 from limbeck.evaluate.neighbours import nearest_neighbour_distance
-from limbeck.features import Classifier
-from limbeck.files import write_atomically
+from limbeck.files import check_folder, write_atomically
 from limbeck.generator import Generator
 from limbeck.losses import denoising
 from limbeck.machine import commit, machine, versions
@@ -36,6 +35,7 @@ from limbeck.pictures import grid, png
 from limbeck.randomness import stream
 from limbeck.sample import default_levels
 from limbeck.source import one_hot
+from limbeck.summary import MAIN
 
 Panel = report.Picture | report.Scatter | report.Curve
 
@@ -82,7 +82,9 @@ def contestant(source: str, steps: int, size: int | None = None, network: type[n
         ValueError: naming what is wrong.
     """
     name, at, number = source.rpartition("@")
-    if at and number.isdigit() and int(number) >= 2:
+    if at and number.isdigit() and not Path(source).exists():
+        if int(number) < 2:
+            raise ValueError(f"{source}: Heun's method takes at least 2 steps, e.g. {name}@2")
         return Contestant(source, teachers.load(name, network), None, int(number))
     path = Path(source)
     if path.is_dir():
@@ -91,6 +93,8 @@ def contestant(source: str, steps: int, size: int | None = None, network: type[n
             if (path / f"{kind}.safetensors").is_file():
                 model = artifact.load(path / f"{kind}.safetensors", kind, network)
                 return Contestant(source, model, None, steps, run)
+        if (path / "classifier.safetensors").is_file():
+            raise ValueError(f"{path}: holds a classifier, which draws no samples; it can be named with --features")
         if run is not None:
             raise ValueError(f"{path}: has no finished model yet")
     if path.is_dir() or path.suffix == ".npz":
@@ -122,13 +126,13 @@ def _model_of(source: str) -> str:
     return name if name and number.isdigit() else source
 
 
-def judge_of(law: str, settings: Evaluation, size: int | None) -> Judge:
-    """Who scores samples of `law`.
+def judge_of(law: str, settings: Evaluation, size: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Judge:
+    """Who scores samples of `law` and of `shapes` by name.
 
     Raises:
-        ValueError: if there is nothing to score against.
+        ValueError: if there is nothing to score against, or the samples do not fit it.
     """
-    judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None, size)
+    judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None, size, shapes)
     if judge is None:
         raise ValueError(f"reference: there is none for {law!r}; give --against NAME, or --features and a --reference")
     return judge
@@ -142,17 +146,27 @@ def contest(
     against: str | None = None,
     size: int | None = None,
     network: type[nn.Module] | None = None,
+    teacher: bool = True,
 ) -> dict[str, Any]:
     """Score `sources` side by side; with `out`, store the scores there and write contest.json and contest.html.
+
+    Args:
+        against: the law to score against, if not that of the first source.
+        size: side to which pictures of folders are resized.
+        teacher: score the teachers of generators too, if they are here.
 
     Raises:
         ValueError: for a contestant that cannot be read or does not fit the reference, before anything is scored.
     """
+    if out is not None:
+        check_folder(out)
+    data.check_size(size, *(source for source in sources if not _recipe_of(source)), settings.data)
     contestants = [contestant(source, settings.teacher_steps, size, network) for source in sources]
+    if teacher:
+        contestants += _teachers(contestants, settings.teacher_steps, network, tell)
     law = against or law_of(sources[0])
-    judge = judge_of(law, settings, size)
+    judge = judge_of(law, settings, size, {who.name: who.shape for who in contestants})
     for who in contestants:
-        _check_shape(who, judge, law)
         _check_given(who, judge)
     rows: list[dict[str, Any]] = []
     for who in contestants:
@@ -165,9 +179,9 @@ def contest(
     result = {
         "law": law,
         "rows": rows,
-        "floor": {"metrics": judge.floor(settings.samples), "note": judge.note},
+        **summary.truths(judge, settings.samples),
         "hashes": judge.hashes(),
-        "settings": dataclasses.asdict(settings),
+        "settings": config.plain(settings),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -188,20 +202,18 @@ def _write(out: Path, result: dict[str, Any], html: Callable[[], str]) -> None:
     write_atomically(facts, text)
 
 
-def _check_shape(who: Contestant, judge: Judge, law: str) -> None:
-    if isinstance(judge, ExactJudge):
-        wanted = judge.target.shape
-        fits = tuple(who.shape) == tuple(wanted)
-    elif isinstance(judge, ImageJudge) and isinstance(judge.network, Classifier):
-        wanted = judge.network.shape
-        fits = tuple(who.shape) == wanted
-    else:
-        assert isinstance(judge, ImageJudge)
-        pixel = judge.reference.moments.get("pixel")
-        wanted = (len(pixel[0]),) if pixel is not None else who.shape
-        fits = pixel is None or torch.Size(who.shape).numel() == len(pixel[0])
-    if not fits:
-        raise ValueError(f"{who.name}: its samples have shape {who.shape}, the reference {law} has {tuple(wanted)}")
+def _teachers(
+    contestants: Sequence[Contestant], steps: int, network: type[nn.Module] | None, tell: Callable[[str], None]
+) -> list[Contestant]:
+    """The teachers of the generators among the contestants, but for those that are there already."""
+    wanted = {law_of(who.name) for who in contestants if isinstance(who.model, Generator)}
+    found = []
+    for name in sorted(wanted - {_model_of(who.name) for who in contestants}):
+        try:
+            found.append(Contestant(name, teachers.load(name, network), None, steps))
+        except ValueError as error:
+            tell(f"the teacher is not scored: {error}")
+    return found
 
 
 def _check_given(who: Contestant, judge: Judge) -> None:
@@ -210,14 +222,8 @@ def _check_given(who: Contestant, judge: Judge) -> None:
         return
     if len(who.samples.x) < 2:
         raise ValueError(f"{who.name}: scores need at least 2 samples, got {len(who.samples.x)}")
-    if not isinstance(judge, ImageJudge) or not judge.quantize:
-        return
-    low, high = float(who.samples.x.min()), float(who.samples.x.max())
-    if max(-low, high) > 1 + 1 / 255:  # half a grey level of overshoot rounds to the ends
-        raise ValueError(
-            f"{who.name}: its values span [{low:.4g}, {high:.4g}], images must lie in [-1, 1]; "
-            "clip or rescale them, or give uint8 of shape (n, H, W, C)"
-        )
+    if isinstance(judge, ImageJudge) and judge.quantize:
+        data.check_range(dataclasses.replace(who.samples, name=who.name))
 
 
 def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | None) -> Scores:
@@ -225,16 +231,17 @@ def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | Non
     key: dict[str, Any] = {
         "model": who.fingerprint(),
         "judge": judge.hashes(),
-        "settings": dataclasses.asdict(settings),
+        "settings": config.plain(settings),
         "v": versions(),
     }
     key["steps"] = who.steps if isinstance(who.model, Denoiser) else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     stored = out / "scores" / f"{digest}.json" if out is not None else None
+    found = None if stored is None else _stored(stored)
     # all processes must agree, or one would wait for the others' samples forever
-    known = gather({"known": torch.tensor(int(stored is not None and stored.is_file()))})
-    if stored is not None and all(bool(state["known"]) for state in known):
-        return Scores(**json.loads(stored.read_text()))
+    known = gather({"known": torch.tensor(int(found is not None))})
+    if found is not None and all(bool(state["known"]) for state in known):
+        return found
     if who.samples is not None:
         scores = measure_data(who.samples, judge)
     else:
@@ -249,13 +256,22 @@ def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | Non
     return scores
 
 
+def _stored(path: Path) -> Scores | None:
+    """Scores from the store; None if they are missing or damaged, which means that they are measured anew."""
+    try:
+        scores = Scores(**json.loads(path.read_text()))
+        return scores if isinstance(scores.metrics, dict) and isinstance(scores.details, dict) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _cost(who: Contestant) -> dict[str, Any]:
     """Training cost of a run, and the size of a model."""
     told: dict[str, Any] = {}
     if who.model is not None:
         told["parameters"] = sum(p.numel() for p in who.model.parameters())
-    if who.run is not None and (who.run / "report.json").is_file():
-        facts = json.loads((who.run / "report.json").read_text())
+    facts = summary.read_report(who.run / "report.json") if who.run is not None else None
+    if facts is not None:
         keys = ("steps", "images", "seconds", "peak_memory_mib", "history")
         told |= {key: facts[key] for key in keys if key in facts}
     return told
@@ -266,44 +282,54 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
     rows = result["rows"]
     table = []
     for row in rows:
-        line: dict[str, str | float] = {"name": row["name"]}
+        line: dict[str, Any] = {"name": row["name"]}
+        line |= {key: report.Noted(row["metrics"][key], _noted(row, key)) for key in MAIN if key in row["metrics"]}
         line |= {key: row[key] for key in COSTS if row.get(key)}
-        line |= {key: row["metrics"][key] for key in summary.MAIN if key in row["metrics"]}
         table.append(line)
-    floor = result["floor"]["metrics"]
-    table.append({"name": "floor", **{key: floor[key] for key in summary.MAIN if key in floor}})
+    truths = summary.truth_columns(result, settings.samples)
+    for name, block in truths.items():
+        table.append({"name": name, **{key: block["metrics"][key] for key in MAIN if key in block["metrics"]}})
+    table = [{key: line[key] for key in ("name", *MAIN, *COSTS) if key in line} for line in table if len(line) > 1]
     panels: list[Panel] = [*_curves(result), *_pictures(contestants, judge, settings), *_classes(result)]
     panels += _noise_levels(contestants, result["law"], settings)
     intro = (
         f"{len(rows)} contestants against {result['law']}, {settings.samples:,} samples each"
-        f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores: "
-        f"{result['floor']['note']}."
+        f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores. "
+        f"{' '.join(summary.notes_of(truths))}"
     )
     odd = [f"{row['name']} ({row['samples']:,})" for row in rows if row["samples"] != settings.samples]
     if odd:
         intro += f" Distances fall with the number of samples; these have another one: {', '.join(odd)}."
-    return report.render_comparison(f"Evaluation on {result['law']}", intro, table, panels)
+    intro += "".join(f" {note}" for note in summary.notes_of({row["name"]: row for row in rows}))
+    models = {row["name"]: row["sha256"] for row in rows}
+    provenance = {**result, "hashes": {**result["hashes"], "models": models}}
+    return report.render_comparison(f"Evaluation on {result['law']}", intro, table, panels, provenance)
+
+
+def _noted(row: dict[str, Any], key: str) -> str:
+    """The spread over draws and the interval of a score, as far as there are any."""
+    spread, ends = row["spread"].get(key), row["intervals"].get(key)
+    told = [f"± {spread:.2g}"] if spread is not None else []
+    return ", ".join(told + ([f"{ends[0]:.3g} … {ends[1]:.3g}"] if ends else []))
 
 
 def _curves(result: dict[str, Any]) -> list[Panel]:
     """Score over network calls, and over images and seconds of training."""
-    key = next((k for k in ("fd_feature", "mmd") if all(k in row["metrics"] for row in result["rows"])), None)
+    title = "Score over network calls"
+    key = next((k for k in ("fid", "fd_feature", "mmd") if all(k in row["metrics"] for row in result["rows"])), None)
     if key is None:
-        return []
+        return [report.Picture(title, "Nothing to show: there is no distance that all contestants have.", b"")]
     floor = result["floor"]["metrics"].get(key)
     lines = {} if floor is None else {"floor": floor}
-    calls = sorted((row["nfe"], row["metrics"][key]) for row in result["rows"] if row["nfe"] > 1)
-    single = [(1.0, row["metrics"][key]) for row in result["rows"] if row["nfe"] == 1]
-    panels: list[Panel] = []
-    if calls:
-        series = {"teacher": [(float(n), s) for n, s in calls]}
-        series |= {"student": single} if single else {}
-        text = "What the network calls of one sample buy."
-        panels.append(
-            report.Curve(
-                "Score over network calls", text, "network calls", key, series, log_x=True, log_y=True, lines=lines
-            )
-        )
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted((row for row in result["rows"] if row["nfe"]), key=lambda row: row["nfe"]):
+        series.setdefault(_model_of(row["name"]), []).append((float(row["nfe"]), row["metrics"][key]))
+    text = "What the network calls of one sample buy: one line per model."
+    if all(row["nfe"] <= 1 for row in result["rows"]):
+        text = "Nothing to show: no contestant takes more than one network call (add teachers: NAME@STEPS)."
+        panels: list[Panel] = [report.Picture(title, text, b"")]
+    else:
+        panels = [report.Curve(title, text, "network calls", key, series, log_x=True, log_y=True, lines=lines)]
     for unit, label in (("images", "training images"), ("seconds", "training seconds")):
         runs = {
             row["name"]: [(r[unit], r["metrics"][key]) for r in row.get("history", []) if key in r["metrics"]]
@@ -404,7 +430,7 @@ def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluat
     title = "Denoising loss over noise levels"
     denoisers = {who.name: who.model for who in contestants if isinstance(who.model, Denoiser)}
     if not denoisers:
-        return []
+        return [report.Picture(title, "Nothing to show: no contestant is a denoiser (add the teacher).", b"")]
     clean = _truth(law, contestants[0].shape, settings)
     if clean is None:
         return [

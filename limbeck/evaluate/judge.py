@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, features
+from limbeck import artifact, data, features
 from limbeck.data import Data, open_npz
 from limbeck.evaluate.bootstrap import bootstrap
 from limbeck.evaluate.classify import c2st, class_accuracy
@@ -26,7 +26,7 @@ from limbeck.evaluate.draws import quantize
 from limbeck.evaluate.frechet import Moments, frechet_distance, frechet_infinity
 from limbeck.evaluate.kernel import kid, mmd2
 from limbeck.evaluate.modes import mode_statistics
-from limbeck.evaluate.neighbours import precision_recall_density_coverage
+from limbeck.evaluate.neighbours import PRDC, memorisation, precision_recall_density_coverage
 from limbeck.evaluate.transport import sliced_wasserstein
 from limbeck.exact import Empirical, Gaussian, Mixture
 from limbeck.features import Classifier
@@ -35,9 +35,10 @@ from limbeck.randomness import stream
 
 Metrics = dict[str, float]
 
+DRAWS = 10_000  # rows of the data themselves whose distance to all of them is a reference's own floor
 KEPT = 10_000  # rows of features that a tally or a reference keeps for the metrics that need samples
 WIDEST = 4096  # pixels up to which pixel-space moments are taken: their covariance has the square of that
-BOOTSTRAP = 256  # features up to which confidence intervals are computed: beyond, one distance takes seconds
+BOOTSTRAP = 256  # features up to which confidence intervals are computed: of 2,048, one distance takes half a minute
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,27 @@ class Judgement:
         metrics: one number each.
         intervals: 95% bootstrap intervals (low, high) over the samples, for some of the metrics.
         details: lists, e.g. the accuracy of each class.
+        notes: sentences on what is missing, and why.
     """
 
     metrics: Metrics
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     details: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the truth itself scores.
+
+    Attributes:
+        samples: how many samples of the truth, 0 if unknown.
+        note: which, in words.
+    """
+
+    metrics: Metrics
+    samples: int
+    note: str
 
 
 class Tally(Protocol):
@@ -78,19 +95,27 @@ class Tally(Protocol):
 class Judge(Protocol):
     """Scores samples, and says how good the truth itself would score."""
 
+    def check(self, who: str, shape: tuple[int, ...]) -> None:
+        """Raise ValueError, naming both sides, if samples of `shape` cannot be scored."""
+        ...
+
     def tally(self) -> Tally: ...
 
     def watching(self) -> Judge:
         """The judge of scores that steer a run (its best checkpoint): it must not see what the final scores see."""
         ...
 
-    def floor(self, samples: int) -> Metrics:
-        """Metrics of as many samples of the truth."""
+    def floor(self, samples: int) -> Truth:
+        """The truth's own scores, of as many samples if possible."""
+        ...
+
+    def halves(self) -> Truth | None:
+        """Scores of one random half of the truth against the other; None if unknown."""
         ...
 
     @property
-    def note(self) -> str:
-        """What the floor is, in words."""
+    def names(self) -> set[str]:
+        """The metrics that samples can have, if there are enough."""
         ...
 
     def hashes(self) -> dict[str, str]:
@@ -118,12 +143,10 @@ class Reference:
     count: int
 
     @classmethod
-    def measure(
-        cls, data: Data, network: nn.Module, network_hash: str, samples: int = 10_000, seed: int = 0
-    ) -> Reference:
+    def measure(cls, data: Data, network: nn.Module, network_hash: str, seed: int = 0) -> Reference:
         """Reference of `data`, with its floors.
 
-        The floors, for each space: the distance of `samples` rows drawn with replacement to the whole set (what a
+        The floors, for each space: the distance of `DRAWS` rows drawn with replacement to the whole set (what a
         perfect sampler of this very set would score); and `halves`, the distance between two random halves.
 
         Raises:
@@ -131,13 +154,18 @@ class Reference:
         """
         if len(data.x) < 4:
             raise ValueError(f"{data.name}: a reference needs at least 4 samples, got {len(data.x)}")
+        if isinstance(network, Classifier) and data.classes > network.classes:
+            raise ValueError(
+                f"{data.name}: has labels up to {data.classes - 1}, the feature network knows {network.classes} classes"
+                f" (0 to {network.classes - 1})"
+            )
         spaces = {"feature": features.in_batches(network, data.x)}
         if data.x[0].numel() <= WIDEST:
             spaces["pixel"] = data.x.flatten(1)
         moments: dict[str, tuple[Tensor, Tensor]] = {}
         floors: Metrics = {}
         rng = stream(seed, "reference")
-        drawn = torch.randint(len(data.x), (samples,), generator=rng)
+        drawn = torch.randint(len(data.x), (DRAWS,), generator=rng)
         order = torch.randperm(len(data.x), generator=rng)
         first, second = order[: len(order) // 2], order[len(order) // 2 :]
         for name, values in spaces.items():
@@ -199,7 +227,19 @@ def _checked(space: str, mean: np.ndarray, cov: np.ndarray) -> tuple[Tensor, Ten
         raise ValueError(f"a mean{space} of shape {mean.shape} and a covariance of shape {cov.shape} do not fit")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"the moments{space} contain NaN or Inf")
-    return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(cov.astype(np.float64))
+    covariance = torch.from_numpy(cov.astype(np.float64))
+    size = float(covariance.abs().max())
+    if not torch.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * size):
+        raise ValueError(f"the covariance{space} is not symmetric")
+    # Cholesky takes a fraction of the time of eigenvalues, and accepts nearly all
+    lifted = covariance + 1e-6 * size * torch.eye(len(covariance), dtype=torch.float64)
+    if int(torch.linalg.cholesky_ex(lifted).info):
+        values = torch.linalg.eigvalsh(covariance)
+        if float(values[0]) < -1e-6 * float(values.abs().max()):
+            raise ValueError(
+                f"the covariance{space} is not positive semi-definite, its lowest eigenvalue is {float(values[0]):.3g}"
+            )
+    return torch.from_numpy(mean.astype(np.float64)), covariance
 
 
 @dataclass(frozen=True)
@@ -212,6 +252,8 @@ class ImageJudge:
         watched: the cheap scores that steer a run, against one half of the reference where it has halves; the other is
             left for the final `fd_feature_rest`.
         is_fid: the features are Inception's, so that their Fréchet distance may be called FID.
+        source: the reference's file or data, and
+        features: the network's name, as users know them.
     """
 
     reference: Reference
@@ -220,6 +262,25 @@ class ImageJudge:
     quantize: bool = True
     watched: bool = False
     is_fid: bool = False
+    source: str = "the reference"
+    features: str = "the feature network"
+
+    def check(self, who: str, shape: tuple[int, ...]) -> None:
+        """Can samples of `shape` be scored?
+
+        Raises:
+            ValueError: naming `who`, the reference and the feature network.
+        """
+        found = features.width(self.network, self.features, who, shape)
+        wanted = len(self.reference.moments["feature"][0])
+        if found != wanted:
+            raise ValueError(f"{self.source}: has {wanted} features, the feature network {self.features} gives {found}")
+        pixels = self.reference.moments.get("pixel")
+        if pixels is not None and len(pixels[0]) != math.prod(shape):
+            raise ValueError(
+                f"{who}: its samples have shape {shape}, {math.prod(shape)} values; those of the reference "
+                f"{self.source} have {len(pixels[0])}"
+            )
 
     def tally(self) -> ImageTally:
         return ImageTally(self)
@@ -227,18 +288,61 @@ class ImageJudge:
     def watching(self) -> ImageJudge:
         return dataclasses.replace(self, watched=True)
 
-    def floor(self, samples: int) -> Metrics:
-        return dict(self.reference.floors)
+    def floor(self, samples: int) -> Truth:
+        """Fréchet distance of `samples` real images to all of them, as far as the reference has kept their features.
+
+        They are drawn with replacement if all were kept. Of a random part of many, as many are taken, each once; if
+        that part is too small, the floor is the reference's own, of `DRAWS` draws.
+        """
+        reference, kept = self.reference, len(self.reference.rows)
+        if not reference.floors:
+            return Truth({}, 0, "unknown, the reference file brings none")
+        told = {name: reference.floors[name] for name in ("class_accuracy",) if name in reference.floors}
+        told |= {"c2st": 0.5, "memorisation_share": 0.01}  # by their definitions
+        rng, how = stream(0, "floor", samples), "drawn with replacement from"
+        if kept == reference.count:
+            rows = torch.randint(kept, (samples,), generator=rng)
+        elif samples <= kept:
+            rows, how = torch.randperm(kept, generator=rng)[:samples], "of"
+        else:
+            rows, samples = torch.empty(0), DRAWS
+            told["fd_feature"] = reference.floors["fd_feature"]
+        if len(rows):
+            told["fd_feature"] = frechet_distance(*_moments(reference.rows[rows]), *reference.moments["feature"])
+        if self.is_fid:
+            told["fid"] = told["fd_feature"]
+        note = f"{samples:,} real images, {how} the {reference.count:,} of the reference, against all of them"
+        if samples == DRAWS and "fd_pixel" in reference.floors:
+            told["fd_pixel"] = reference.floors["fd_pixel"]
+        elif "fd_pixel" in reference.floors:
+            note += f"; fd_pixel is known for {DRAWS:,} only, {reference.floors['fd_pixel']:.4g}"
+        return Truth(told, samples, note)
+
+    def halves(self) -> Truth | None:
+        known = {name.removesuffix("_halves"): value for name, value in self.reference.floors.items()
+                 if name.endswith("_halves") or name in PRDC._fields}  # fmt: skip
+        size = self.reference.count // 2
+        note = f"{size:,} real images, a random half of the reference, against the other half"
+        return Truth(known, size, note) if known else None
 
     @property
-    def note(self) -> str:
-        if not self.reference.floors:
-            return "unknown, the reference file brings none"
-        return (
-            f"Fréchet distances: 10,000 bootstrap draws of the {self.reference.count:,} real images against all of "
-            "them; halves, precision, recall, density, coverage: two random halves of the real images against each "
-            "other; class accuracy: of the classifier on the real images"
-        )
+    def names(self) -> set[str]:
+        told = {"fd_feature", "fd_feature_infinity", *(f"fd_{name}" for name in self.reference.moments)}
+        told -= {"fd_feature_half"}
+        if self.is_fid:
+            told.add("fid")
+        if isinstance(self.network, Classifier):
+            told |= {"class_accuracy", "class_balance"}
+        if self.answers:
+            told.add("inception_score" if self.is_fid else "classifier_score")
+        if len(self.reference.rows):
+            told |= {*PRDC._fields, "kid", "c2st", "sliced_wasserstein", "memorisation_ratio", "memorisation_share"}
+        return told
+
+    @property
+    def answers(self) -> int:
+        """Number of classes of which the network tells the chances, 0 if it does not."""
+        return int(getattr(self.network, "classes", 0))
 
     def hashes(self) -> dict[str, str]:
         return {"reference": self.digest, "features": self.reference.features}
@@ -256,7 +360,9 @@ class ImageTally:
         self.rows = torch.empty(0, len(reference["feature"][0]))
         classes = judge.network.classes if isinstance(judge.network, Classifier) else 0
         self.confusion = torch.zeros(classes, classes, dtype=torch.float64)  # wanted, found
-        self.chances = torch.zeros(classes, dtype=torch.float64)
+        # a script gives chances in a second call, too dear for scores that are watched
+        answers = classes if judge.watched else judge.answers
+        self.chances = torch.zeros(answers, dtype=torch.float64)
         self.sharpness = torch.zeros((), dtype=torch.float64)
         self.labelled = False
 
@@ -272,10 +378,12 @@ class ImageTally:
         if "pixel" in self.moments:
             self.moments["pixel"].update(x.flatten(1))
         self.rows = torch.cat([self.rows, found[: KEPT - len(self.rows)].float()])
-        if isinstance(self.judge.network, Classifier):
-            chance = torch.softmax(self.judge.network.head(found).double(), 1)
+        if len(self.chances):
+            network: Any = self.judge.network
+            chance = network.chances(x, found).double()
             self.chances += chance.sum(0)
             self.sharpness += torch.special.xlogy(chance, chance).sum()
+        if len(self.confusion):
             # without labels the rows say nothing; the column sums still are the classes found
             wanted = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
             if len(wanted) and int(wanted.max()) >= len(self.chances):
@@ -316,12 +424,19 @@ class ImageTally:
             f"fd_{name}": frechet_distance(m.mean, m.cov, *target[name]) for name, m in self.moments.items()
         }
         details: dict[str, list[float]] = {}
-        if self.confusion.numel():
+        if len(self.confusion):
             self._classes(told, details)
+        if len(self.chances):
+            count = self.moments["feature"].count
+            mean = self.chances / count
+            # exp(E KL(p(y|x) || p(y))), the Inception Score's formula, in one part
+            score = float(torch.exp(self.sharpness / count - torch.special.xlogy(mean, mean).sum()))
+            told["inception_score" if self.judge.is_fid else "classifier_score"] = score
         if self.judge.is_fid:
             told["fid"] = told["fd_feature"]
         if self.judge.watched:
             return Judgement(told, details=details)
+        notes: list[str] = []
         if "feature_rest" in reference.moments:
             seen = self.moments["feature"]
             told["fd_feature_rest"] = frechet_distance(seen.mean, seen.cov, *reference.moments["feature_rest"])
@@ -329,15 +444,45 @@ class ImageTally:
         if self.rows.shape[1] <= BOOTSTRAP:
             limit = bootstrap(lambda rows: frechet_distance(*_moments(rows), *target["feature"]), self.rows, 100)
             intervals["fd_feature"] = (limit.low, limit.high)
+            if self.judge.is_fid:
+                intervals["fid"] = intervals["fd_feature"]
+        else:
+            notes.append(
+                f"No bootstrap interval beyond {BOOTSTRAP} features ({self.rows.shape[1]:,} here): it would take an "
+                "hour; several draws (--draws) show the spread."
+            )
         if len(self.rows) >= 20 * self.rows.shape[1]:
             told["fd_feature_infinity"] = frechet_infinity(self.rows, *target["feature"]).estimate
+        else:
+            notes.append(
+                f"No fd_feature_infinity: it needs 20 samples per feature, {20 * self.rows.shape[1]:,} here; "
+                f"{len(self.rows):,} were kept (at most {KEPT:,})."
+            )
+        self._rows(told, notes)
+        return Judgement(told, intervals, details, notes)
+
+    def _rows(self, told: Metrics, notes: list[str]) -> None:
+        """Scores of the kept rows of features against those of the reference."""
+        reference = self.judge.reference
         if min(len(self.rows), len(reference.rows)) > 5:
             told |= precision_recall_density_coverage(reference.rows, self.rows)._asdict()
             size = min(1000, len(self.rows), len(reference.rows))
             told["kid"] = kid(self.rows, reference.rows, subset_size=size).mean
+            spread = float(reference.moments["feature"][1].diagonal().mean().sqrt())
+            if spread > 0:
+                told["sliced_wasserstein"] = sliced_wasserstein(self.rows, reference.rows) / spread
         if min(len(self.rows), len(reference.rows)) >= 100:
             told["c2st"] = c2st(self.rows[:5000], reference.rows[:5000])
-        return Judgement(told, intervals, details)
+        if len(reference.rows) >= 400:
+            # the real images of one half play the training set, those of the other the held-out part: a model that
+            # copies any of them has half its copies among the first
+            one, other = reference.rows.tensor_split(2)
+            try:
+                found = memorisation(self.rows, one, other)
+            except ValueError as error:
+                notes.append(f"No check for memorisation: {error}.")
+            else:
+                told |= {f"memorisation_{name}": value for name, value in found._asdict().items()}
 
     def _classes(self, told: Metrics, details: dict[str, list[float]]) -> None:
         found = self.confusion.sum(0)
@@ -347,9 +492,6 @@ class ImageTally:
             details["accuracy_by_class"] = (self.confusion.diagonal() / self.confusion.sum(1)).nan_to_num().tolist()
         told["class_balance"] = float((found / count - 1 / len(found)).abs().sum() / 2)
         details["share_by_class"] = (found / count).tolist()
-        mean = self.chances / count
-        # exp(E KL(p(y|x) || p(y))), the Inception Score's formula on this classifier, in one part
-        told["classifier_score"] = float(torch.exp(self.sharpness / count - torch.special.xlogy(mean, mean).sum()))
 
 
 @dataclass(frozen=True)
@@ -364,6 +506,7 @@ class ExactJudge:
     seed: int = 0
     name: str = "target"
     scale: float | None = None
+    source: str = "that is the reference"
 
     def tally(self) -> ExactTally:
         return ExactTally(self)
@@ -371,14 +514,30 @@ class ExactJudge:
     def watching(self) -> ExactJudge:
         return dataclasses.replace(self, name="watched target")
 
-    def floor(self, samples: int) -> Metrics:
+    def floor(self, samples: int) -> Truth:
         tally = self.tally()
         tally.add(self.target.sample(samples, stream(self.seed, "floor")), None)
-        return tally.judgement().metrics
+        return Truth(tally.judgement().metrics, samples, "as many exact samples of the law, scored in the same way")
+
+    def halves(self) -> None:
+        return None
 
     @property
-    def note(self) -> str:
-        return "as many exact samples of the law, scored in the same way"
+    def names(self) -> set[str]:
+        told = {"mmd", "mmd2", "log_mmd2", "sliced_wasserstein", "c2st"}
+        if not isinstance(self.target, Empirical):
+            told.add("log_density")
+        if isinstance(self.target, Mixture):
+            told |= {"mode_recall", "mode_outside", "mode_spread"}
+            told |= {f"share_{k}" for k in range(len(self.target.weights))}
+        return told
+
+    def check(self, who: str, shape: tuple[int, ...]) -> None:
+        """As that of an `ImageJudge`."""
+        if shape != self.target.shape:
+            raise ValueError(
+                f"{who}: its samples have shape {shape}, those of the law {self.source} {self.target.shape}"
+            )
 
     def hashes(self) -> dict[str, str]:
         return {"target": artifact.fingerprint(self.target)}
@@ -415,7 +574,9 @@ class ExactTally:
         details: dict[str, list[float]] = {}
         if isinstance(target, Mixture):
             modes = mode_statistics(flat, target.means.flatten(1), target.stds, weights=target.weights)
-            told["mode_recall"] = modes.recall
+            told |= {"mode_recall": modes.recall, "mode_outside": modes.outside}
+            if not math.isnan(modes.spread):
+                told["mode_spread"] = modes.spread
             told |= {f"share_{k}": float(share) for k, share in enumerate(modes.shares)}
         return Judgement(told, details=details)
 
@@ -428,7 +589,7 @@ def _compact(rows: Tensor) -> Tensor:
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     moments = Moments(values.shape[1])
-    for part in values.split(KEPT):  # whole data sets are too large for copies in float64
+    for part in values.split(1000):  # whole data sets are too large for copies in float64
         moments.update(part)
     return moments.mean, moments.cov
 
@@ -442,10 +603,33 @@ def bundled_judge(name: str, quantized: bool) -> ImageJudge | None:
     path = artifact.bundled(f"{name}-reference.npz")
     if not path.is_file():
         return None
-    return read_judge(path, name, quantized)
+    return dataclasses.replace(read_judge(path, name, quantized), source=name)
 
 
-def read_judge(path: Path, network: str, quantized: bool) -> ImageJudge:
+def measured_reference(samples: Data, network: str | nn.Module, quantized: bool = True) -> tuple[Reference, nn.Module]:
+    """The reference of a data set in a feature network, measured now, and the network.
+
+    Raises:
+        ValueError: naming both, if they do not fit; before anything is measured.
+    """
+    module = features.load(network)
+    if quantized:
+        data.check_range(samples)
+    features.width(module, features.name(network), samples.name, samples.shape)
+    return Reference.measure(samples, module, features.digest(network)), module
+
+
+def measured_judge(samples: Data, network: str | nn.Module, quantized: bool) -> ImageJudge:
+    """The judge of a data set in a feature network, measured now."""
+    reference, module = measured_reference(samples, network, quantized)
+    is_fid = is_inception(network, reference)
+    return ImageJudge(
+        reference, module, samples.fingerprint(), quantized,
+        is_fid=is_fid, source=samples.name, features=features.name(network),
+    )  # fmt: skip
+
+
+def read_judge(path: Path, network: str | nn.Module, quantized: bool) -> ImageJudge:
     """The judge of a reference file.
 
     Raises:
@@ -455,12 +639,20 @@ def read_judge(path: Path, network: str, quantized: bool) -> ImageJudge:
     module, digest = features.load(network), features.digest(network)
     if reference.features and digest != reference.features:
         raise ValueError(
-            f"{path}: made with the feature network {reference.features[:12]}, but {network} is {digest[:12]}"
+            f"{path}: made with the feature network {reference.features[:12]}, but {features.name(network)} is "
+            f"{digest[:12]}"
         )
     reference = dataclasses.replace(reference, features=digest)  # EDM's statistics do not say
-    return ImageJudge(reference, module, sha256(path), quantized, is_fid=is_inception(network, reference))
+    return ImageJudge(
+        reference, module, sha256(path), quantized,
+        is_fid=is_inception(network, reference), source=str(path), features=features.name(network),
+    )  # fmt: skip
 
 
-def is_inception(network: str, reference: Reference) -> bool:
+def is_inception(network: str | nn.Module, reference: Reference) -> bool:
     """The file that EDM's FID is defined by, inception-2015-12-05, with its 2,048 features."""
-    return Path(network).name == "inception-2015-12-05.pt" and len(reference.moments["feature"][0]) == 2048
+    return (
+        isinstance(network, str)
+        and Path(network).name == "inception-2015-12-05.pt"
+        and len(reference.moments["feature"][0]) == 2048
+    )

@@ -30,7 +30,7 @@ P                      the well-conditioned form above             the code form
                                                                    exact arithmetic, up to 1.4e-3 off in float32
 micro-batches          mean over the whole batch                   the code sums the gradients of micro-batch means
 optimiser              Adam, betas 0.9 and 0.99, cosine decay:     the paper's RAdam (betas 0.9, 0.999, constant rate)
-                       at equal images 0.14 against 0.33 on        is in the large recipes and one key away
+                       at equal images 0.14 against 0.33 on        is one key away
                        digits (Fréchet distance in features)
 =====================  ==========================================  ==================================================
 """
@@ -106,6 +106,8 @@ class PID:
             raise ValueError(f"N: must be 2 to 1,000,000 levels, got {self.N}")
         if (self.features is None) == (self.metric == "features"):
             raise ValueError('features: name a feature network with metric = "features", and only then')
+        if isinstance(self.features, str) and self.features.endswith(".pt"):
+            raise ValueError("features: a TorchScript file reads bytes, which have no gradient; name a classifier")
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         """The generator, a `Trajectory` on a copy of the template; and the frozen feature network, if any."""

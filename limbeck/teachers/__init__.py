@@ -98,7 +98,10 @@ def _exact(name: str) -> Denoiser:
     if path.suffix == ".toml":
         return read_mixture(path)
     if path.suffix == ".npz":
-        return Empirical(data.read_npz(path, path.name).x)
+        try:
+            return Empirical(data.read_npz(path, path.name).x)
+        except ValueError as error:
+            raise ValueError(str(error) if path.name in str(error) else f"{path}: {error}") from None
     raise ValueError(f"teacher: {name}: an exact law is a .toml file (mixture) or an .npz file (points)")
 
 
