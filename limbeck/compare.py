@@ -287,5 +287,5 @@ def page(result: Mapping[str, Any]) -> str:
             text = "Mean over seeds, on the noise and the fresh samples that watch a run."
             panels.append(report.Curve(f"{name} over training", text, "images", name, series))
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
-    hashes = {row["name"]: row.get("hashes", {}) for row in result["rows"]}
+    hashes = {row["name"]: row["hashes"] for row in result["rows"] if "hashes" in row}
     return report.render_comparison(result["title"], grid.get("intro", ""), table, panels, {**result, "hashes": hashes})

@@ -42,6 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = {
         "syntax.toml": "steps = = 3", "unknown.toml": 'teacher = "exact:ring8"\nstpes = 3',
         "number.toml": "teacher = 3",
+        "program.toml": 'teacher = "digits"\n[evaluate]\nfeatures = "x.pt"\ndata = "digits"',
         "foreign.toml": 'teacher = "exact:ring8"\n[method]\nname = "antigravity:fly"',
         "foreign-text.toml": 'teacher = "exact:ring8"\nmethod = "antigravity:fly"',
         "list.toml": 'teacher = "exact:ring8"\nmethod = ["pid"]', "teaching.toml": 'data = "digits"\nsteps = 1',
@@ -78,6 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed = bytearray((folder / "deflated.npz").read_bytes())
     packed[60:90] = bytes(30)
     (folder / "deflated.npz").write_bytes(packed)
+    (folder / "folder.npz").mkdir()
     network = networks.build("mlp", {"shape": [2], "width": 8, "depth": 1})
     low = Preconditioned(network, (2,), 0, 0.5, 0.002, 10.0)
     artifact.save(folder / "low.safetensors", "denoiser", low, {})
@@ -209,7 +211,27 @@ BAD: list[tuple[str, str]] = [
     ("teach negative.npz --out o", "negative.npz: y must be 30 class numbers"),
     ("teach empty.npz --out o", "empty.npz: x must have shape"),
     ("teach scalar.npz --out o", "scalar.npz: x must have shape"),
-    ("teach zero.npz --out o", "sigma_data: must be positive"),
+    ("teach zero.npz --out o", "zero.npz: all values are 0; sigma_data"),
+    ("distill exact:zero.npz --out o", "zero.npz: sigma_data: must be positive"),
+    ("teach digits --out o --size 8", "size: resizes folders of pictures only, not digits"),
+    ("teach digits --out o --real.data nope", "real: belongs to"),
+    ("distill digits --out o --real.data nope", "real.data: nothing reads it"),
+    ("distill exact:ring8 --out o --method dmd2 --real.data nope", "real.data: nothing reads it"),
+    ("distill digits --out o --size 8", "size: resizes folders of pictures only"),
+    ("distill digits --out o --method.levels.sigma_max 500", "method.levels.sigma_max: 500 is level 846.6"),
+    ("distill digits --out o --method.levels.sigma_min 0.0001", "method.levels.sigma_min: 0.0001 is level"),
+    ("distill digits --out o --method.metric features --method.features x.pt", "method.features: a TorchScript file"),
+    ("distill program.toml --out o", "evaluate.features: program.toml names x.pt, a program"),
+    ("teach program.toml --out o", "evaluate.features: program.toml names x.pt, a program"),
+    ("distill exact:ring8 --out=", "out: is empty"),
+    ("teach digits --out=", "out: is empty"),
+    ("compare good.toml --out=", "out: is empty"),
+    ("sample exact:ring8 --out folder.npz", "out: folder.npz is a folder"),
+    ("sample exact:ring8 --out text.txt/o.png", "out: text.txt is a file"),
+    ("sample student.safetensors --out o.png --steps 4", "steps: belongs to teachers; student.safetensors"),
+    ("evaluate exact:ring8 --out text.txt", "out: text.txt is a file"),
+    ("distill exact:ring8 --out o --evaluate.reference points.npz", "evaluate.reference: an exact law is its own"),
+    ("distill exact:ring8 --out o --evaluate.features [3]", "evaluate.features: must be a name"),
     ("teach objects.npz --out o", "objects.npz: not a readable .npz file"),
     ("teach corrupt.npz --out o", "corrupt.npz: not a readable .npz file"),
     ("teach truncated.npz --out o", "truncated.npz: not a readable .npz file"),
@@ -223,14 +245,16 @@ BAD: list[tuple[str, str]] = [
     ("distill digits --out o --evaluate.samples 1", "evaluate.samples: must be at least 2"),
     ("distill digits --out o --evaluate.data points.npz", "evaluate.features: a reference needs a feature network"),
     ("distill digits --out o --evaluate.features digits", "evaluate.features: needs evaluate.data"),
-    ("distill digits --out o --evaluate.data points.npz --evaluate.features digits", "features: this network reads"),
-    ("distill digits --out o --evaluate.data tiny-images.npz --evaluate.features digits", "features: this network"),
+    ("distill digits --out o --evaluate.data points.npz --evaluate.features digits",
+     "digits: its samples have shape (1, 8, 8), those of points.npz (2,)"),
+    ("distill digits --out o --evaluate.data tiny-images.npz --evaluate.features digits",
+     "digits: its samples have shape (1, 8, 8), those of tiny-images.npz (1, 4, 4)"),
     ("distill low.safetensors --out o --method.levels.sigma_max 9 --evaluate.data digits --evaluate.features digits",
-     "evaluate: reference samples have 64 values"),
+     "low.safetensors: its samples have shape (2,), those of digits (1, 8, 8)"),
     ("evaluate", "FILE: expected at least one"),
     ("evaluate nowhere", "teacher: no file or bundled teacher 'nowhere'"),
     ("evaluate low.safetensors", "reference: there is none for 'low.safetensors'"),
-    ("evaluate digits --against exact:ring8", "digits: its samples have shape (1, 8, 8), the reference"),
+    ("evaluate digits --against exact:ring8", "digits: its samples have shape (1, 8, 8), those of the law exact:ring8"),
     ("evaluate exact:ring8 --against nowhere", "reference: there is none for 'nowhere'"),
     ("evaluate exact:ring8 --samples 1", "samples: must be at least 2"),
     ("evaluate exact:ring8 --sample 9", "sample: unknown key, perhaps you meant samples"),
@@ -238,7 +262,7 @@ BAD: list[tuple[str, str]] = [
     ("reference digits --out r.npz", "features: is missing"),
     ("reference digits --features digits --out r.txt", "out: must end in .npz"),
     ("reference digits --features nowhere --out r.npz", "classifier: no file 'nowhere'"),
-    ("reference points.npz --features digits --out r.npz", "features: this network reads samples of shape (1, 8, 8)"),
+    ("reference points.npz --features digits --out r.npz", "points.npz: its samples of shape (2,) do not suit"),
     # samples
     ("sample", "FILE: expected one"),
     ("sample exact:ring8", "out: is missing"),
@@ -576,12 +600,13 @@ def samples(source: str, tmp_path: Path, *arguments: str) -> dict[str, np.ndarra
 @pytest.mark.parametrize("source", ["exact:ring8", "run", "student.safetensors"])
 def test_a_sample_depends_on_its_number_alone(source: str, tmp_path: Path, distilled: Path, place: Path) -> None:
     source = {"run": str(distilled), "student.safetensors": str(place / source)}.get(source, source)
-    four, eight = (samples(source, tmp_path, "--count", n, "--steps", "4")["x"] for n in ("4", "8"))
+    steps = ["--steps", "4"] if source == "exact:ring8" else []
+    four, eight = (samples(source, tmp_path, "--count", n, *steps)["x"] for n in ("4", "8"))
     assert four.shape == (4, 2) and four.dtype == np.float32
     np.testing.assert_allclose(four, eight[:4], rtol=1e-5, atol=1e-6)
     assert len(np.unique(eight, axis=0)) == 8
-    assert not np.allclose(samples(source, tmp_path, "--count", "4", "--steps", "4", "--seed", "1")["x"], four)
-    np.testing.assert_array_equal(samples(source, tmp_path, "--count", "4", "--steps", "4")["x"], four)
+    assert not np.allclose(samples(source, tmp_path, "--count", "4", *steps, "--seed", "1")["x"], four)
+    np.testing.assert_array_equal(samples(source, tmp_path, "--count", "4", *steps)["x"], four)
 
 
 def test_labelled_images(tmp_path: Path) -> None:
@@ -622,7 +647,8 @@ def test_evaluate_repeats_the_report(distilled: Path, capsys: pytest.CaptureFixt
     for source in (distilled, distilled / "generator.safetensors"):
         assert cli.main(["evaluate", str(source), "--samples", "200", "--teacher_steps", "4", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        (row,) = result["rows"]
+        row, teacher = result["rows"]
+        assert teacher["name"] == "exact:ring8"
         assert row["metrics"] == pytest.approx(told["student"]["metrics"], rel=1e-6, abs=1e-9)
         assert (row["name"], row["nfe"], row["parameters"]) == (str(source), 1, told["parameters"])
         assert result["floor"]["metrics"] == told["floor"]["metrics"] and result["settings"]["samples"] == 200

@@ -1,11 +1,12 @@
 """Comparisons: variants times grid, means over seeds, and the studies that the repository keeps."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from limbeck import compare, config
+from limbeck import artifact, cli, compare, config
 
 STUDIES = Path(__file__).parent.parent / "studies"
 HERE = Path("study.toml")
@@ -15,7 +16,7 @@ BASE: dict[str, Any] = {
 
 
 def cells(**grid: Any) -> dict[str, tuple[dict[str, Any], config.Recipe]]:
-    return {name: (settings, recipe) for name, settings, recipe in compare._cells({"base": BASE, **grid}, HERE)}
+    return {name: (settings, recipe) for name, settings, recipe in compare._cells({"base": BASE, **grid}, HERE, None)}
 
 
 def test_variants_are_combined_with_the_whole_grid() -> None:
@@ -95,7 +96,7 @@ def test_means_are_over_seeds() -> None:
 def test_studies_are_valid(path: Path) -> None:
     grid = config.read_toml(path)
     assert not {*grid} - {*compare.KEYS}
-    assert compare._cells(grid, path)
+    assert compare._cells(grid, path, None)
 
 
 def test_two_variants_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -113,3 +114,47 @@ def test_two_variants_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
     assert len(told["rows"][0]["history"]) == 2
     again = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)
     assert again["summary"] == told["summary"]
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "metric": ('metric = "fid"', "metric: seed_0 will not have 'fid'"),
+    "also": ('also = ["mmdd"]', "metric: seed_0 will not have 'mmdd'"),
+    "also as text": ('also = "mmd"', "also: must be a list"),
+    "x": ('x = "method.N"', "x: 'method.N' must be a key of the grid"),
+    "title": ("title = 3", "title: must be text, got 3"),
+    "euler as text": ('euler = "yes"', "euler: must be true or false, got 'yes'"),
+    "euler": ('euler = true\nbase.method = "sid"', "euler: only PID has a grid of N levels, seed_0 has another method"),
+    "seeds": ("grid.seed = [0, 0]", "grid: two cells are called seed_0"),
+    "teacher": ('grid.teacher = ["exact:ring8", "nope"]', "seed_0-teacher_nope: teacher: no file or bundled"),
+    "program": ('base.evaluate.features = "x.pt"', "evaluate.features: grid.toml names x.pt, a program"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_found_before_anything_is_run(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = {"metric": '"mmd"', "base.teacher": '"exact:ring8"', "base.method": '"pid"', "grid.seed": "[0]"}
+    given = dict(line.split(" = ", 1) for line in MISTAKES[case][0].splitlines())
+    (tmp_path / "grid.toml").write_text("".join(f"{key} = {value}\n" for key, value in (lines | given).items()))
+    assert cli.main(["compare", "grid.toml", "--out", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert MISTAKES[case][1] in line and not (tmp_path / "out").exists()
+
+
+def test_a_comparison_says_where_it_comes_from(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    grid = {
+        "metric": "mmd",
+        "base": {"teacher": "exact:ring8", "method": {"name": "pid"}, **tiny},
+        "grid": {"seed": [0, 1]},
+    }
+    (tmp_path / "grid.toml").write_text(config.dump_toml(grid))
+    told = compare.compare(tmp_path / "grid.toml", tmp_path / "out", lambda line: None)
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    for row in told["rows"]:
+        run_report = json.loads((tmp_path / "out" / row["name"] / "report.json").read_text())
+        assert row["hashes"] == run_report["hashes"] and "commit" in run_report
+        generator = artifact.load_generator(tmp_path / "out" / row["name"])
+        assert row["hashes"]["generator"] == artifact.fingerprint(generator) and row["hashes"]["generator"] in page
+    assert told["rows"][0]["hashes"]["generator"] != told["rows"][1]["hashes"]["generator"]

@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from limbeck import config, methods
 from limbeck.critic import Adversarial
 from limbeck.game import Game, Guidance
+from limbeck.report import METHODS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +30,20 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(short, "README.md", "exec"), names)
     images = names["images"]
     assert getattr(images, "shape", None) == (16, 1, 8, 8)
+
+
+def test_the_example_of_a_feature_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example.replace("steps=100", "steps=2"), "evaluation.md", "exec"), names)
+    assert names["report"]["recipe"]["evaluate"]["features"].endswith("Corners>")
+
+
+@pytest.mark.parametrize("name", methods.TABLE)
+def test_the_page_describes_every_method(name: str) -> None:
+    title, idea = METHODS[name]
+    assert title and idea
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)

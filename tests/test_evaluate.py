@@ -23,7 +23,7 @@ from test_report import Outline, opened, root_of
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, cli, features, networks, run
+from limbeck import artifact, cli, features, networks, run, summary
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser, Preconditioned
@@ -35,6 +35,7 @@ from limbeck.exact import Empirical, Gaussian
 from limbeck.features import Classifier
 from limbeck.generator import Generator, OneStep
 from limbeck.randomness import stream
+from limbeck.report import METRICS
 from limbeck.run import Stopped
 from limbeck.source import NoiseSource, one_hot
 from limbeck.teachers import ring8
@@ -165,6 +166,21 @@ def test_draws_are_averaged_and_give_the_spread(toy: ImageJudge) -> None:
     assert both.nfe == 1 and both.ms_per_image is not None and both.ms_per_image > 0
 
 
+def test_the_time_of_a_sample_is_that_of_one_process(toy: ImageJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second a sample, also where another process makes the other half."""
+    clock = [0.0]
+
+    def slow(z: Tensor, cond: Tensor | None) -> Tensor:
+        clock[0] += len(z)
+        return toy_images(z, cond)
+
+    monkeypatch.setattr("limbeck.evaluate.time.perf_counter", lambda: clock[0])
+    for world in (1, 2):
+        monkeypatch.setattr("limbeck.evaluate.rank_and_world", lambda world=world: (0, world))
+        monkeypatch.setattr("limbeck.evaluate.gather", lambda state, world=world: [state] * world)
+        assert measure(slow, 1, toy, (1, 4, 4), 4, samples=400, batch=100).ms_per_image == 1000
+
+
 def test_given_samples_are_scored_once_each(toy: ImageJudge) -> None:
     given = toy_data(330, seed=0)
     scores = measure_data(given, toy, batch=77)
@@ -240,7 +256,7 @@ def test_torchrun_equals_one_process(
     student: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two processes over gloo; the second has a share of its own, and one model is named twice."""
-    arguments = [str(student), str(digits), str(student), "--samples", "600"]
+    arguments = [str(student), str(digits), str(student), "--samples", "600", "--teacher", "false"]
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m limbeck evaluate"
     done = subprocess.run(
         [sys.executable, *launch.split(), *arguments, "--json", "--out", str(tmp_path / "out")],
@@ -428,6 +444,82 @@ def camera(random_network: Classifier) -> ImageJudge:
 def good(camera: ImageJudge) -> dict[str, float]:
     """Scores of fresh samples of the law."""
     return measure_data(photos(300, 1), camera).metrics
+
+
+def test_the_floor_has_the_models_number_of_samples() -> None:
+    """Of all rows with replacement, of a part of them without; the reference's own where neither can be."""
+    whole = Reference.measure(photos(500, 0), Toy8(), "")
+    judge = ImageJudge(whole, Toy8(), "")
+    floors = [judge.floor(n) for n in (50, 500, DRAWS)]
+    assert [floor.samples for floor in floors] == [50, 500, DRAWS]
+    values = [floor.metrics["fd_feature"] for floor in floors]
+    assert values == sorted(values, reverse=True) and values[0] > 5 * values[1] > 25 * values[2] > 0
+    assert "fd_pixel" not in floors[0].metrics and "fd_pixel is known for 10,000 only" in floors[0].note
+    assert floors[2].metrics["fd_pixel"] == whole.floors["fd_pixel"]
+    part = dataclasses.replace(whole, rows=whole.rows[:300])
+    judge = dataclasses.replace(judge, reference=part)
+    few, many = judge.floor(100), judge.floor(400)
+    assert few.samples == 100 and "100 real images, of the 500" in few.note
+    assert many.samples == DRAWS and many.metrics["fd_feature"] == whole.floors["fd_feature"]
+    halves = judge.halves()
+    assert halves is not None and halves.samples == 250
+    assert halves.metrics["fd_feature"] == whole.floors["fd_feature_halves"] and "recall" in halves.metrics
+    shown = summary.truth_columns({"floor": dataclasses.asdict(many), "halves": dataclasses.asdict(halves)}, 400)
+    assert list(shown) == ["floor, n=10000", "halves, n=250"]
+    assert any("floor, n=10000: 10,000 real images" in line for line in summary.table_of(shown))
+
+
+class Toy8(nn.Module):
+    """Features are four pixels of an 8 x 8 image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0, ::4, ::4].flatten(1)
+
+
+def test_copies_are_found_out() -> None:
+    """About half of a memoriser's samples are copies of the half that plays the training set."""
+    real = photos(600, 0)
+    judge = ImageJudge(Reference.measure(real, nn.Flatten(), ""), nn.Flatten(), "")
+    fresh, copies = (measure_data(given, judge).metrics for given in (photos(600, 1), real))
+    assert fresh["memorisation_share"] < 0.04 and fresh["memorisation_ratio"] == pytest.approx(1, abs=0.1)
+    assert copies["memorisation_share"] == pytest.approx(0.5, abs=0.02) and copies["memorisation_ratio"] < 0.6
+    assert copies["sliced_wasserstein"] < 1e-3 < fresh["sliced_wasserstein"]
+    assert judge.floor(600).metrics["memorisation_share"] == 0.01
+    for key in ("c2st", "density", "memorisation_share", "memorisation_ratio"):
+        assert METRICS[key].aim == "floor"
+
+
+def test_what_is_missing_is_said() -> None:
+    class Wider(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).repeat(1, 5)[:, :260]
+
+    judge = ImageJudge(Reference.measure(photos(20, 0), Wider(), ""), Wider(), "")
+    scores = measure_data(photos(20, 1), judge)
+    assert scores.intervals == {} and "fd_feature_infinity" not in scores.metrics
+    interval, infinity = scores.notes
+    assert "No bootstrap interval beyond 256 features (260 here)" in interval
+    assert "needs 20 samples per feature, 5,200 here; 20 were kept" in infinity
+    assert interval in summary.table_of({"student": dataclasses.asdict(scores)})
+
+
+def test_judges_name_what_they_measure(camera: ImageJudge, toy: ImageJudge) -> None:
+    names = measure_data(photos(300, 1), camera).metrics.keys()
+    assert names == camera.names - {name for name in camera.names if name.startswith("memorisation")}
+    assert "memorisation_share" not in toy.names
+    for law in (ring8(), Gaussian([0.0, 0.0], 0.5), Empirical(torch.randn(50, 2))):
+        judge = ExactJudge(law)
+        assert measure_data(Data("p", law.sample(150), None), judge).metrics.keys() == judge.names
+
+
+def test_every_metric_is_explained(toy: ImageJudge) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    names = {*summary.MAIN, *toy.names, *ExactJudge(ring8()).names, "fid", "inception_score"}
+    for name in sorted(names):
+        assert name.startswith("share_") or name in METRICS, name
+    skipped = {"held_out_accuracy", "fd_feature_rest", "mmd2", "log_mmd2"}
+    for name in names - skipped:
+        assert name.startswith("share_") or f"`{name}`" in text, name
 
 
 def test_the_data_themselves_have_no_distance(camera: ImageJudge) -> None:
@@ -1057,6 +1149,54 @@ def test_a_contest_goes_on(finished: Path, points: Path, tmp_path: Path, monkeyp
     assert calls.taken()["generator"] == 200 + 2000
     assert other["rows"][0]["metrics"]["mmd"] != first["rows"][0]["metrics"]["mmd"]
     assert not list(out.rglob("*.tmp"))
+
+
+def test_the_teacher_stands_beside_its_student(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [finished, "--samples", 100, "--teacher_steps", 3, "--out", tmp_path / "out"]
+    rows = told(capsys, *arguments)["rows"]
+    assert [(row["name"], row["nfe"]) for row in rows] == [(str(finished), 1), ("exact:ring8", 5)]
+    assert len(told(capsys, *arguments, "--teacher", "false")["rows"]) == 1
+    assert len(told(capsys, finished, "exact:ring8@2", *arguments[1:5])["rows"]) == 2
+    text = Outline((tmp_path / "out" / "contest.html").read_text()).text
+    assert rows[0]["sha256"] in text and "commit" in text and torch.__version__ in text
+
+
+def test_the_page_has_one_line_per_model_and_scores_first(finished: Path, tmp_path: Path) -> None:
+    sources = [str(finished), "exact:ring8@3", "exact:ring8@5", "exact:gaussian@2"]
+    settings = dataclasses.replace(QUICK, draws=2)
+    result = contests.contest(sources, settings, tmp_path / "out", quiet)
+    (calls, *_) = contests._curves(result)
+    assert {name: len(points) for name, points in calls.series.items()} == {
+        str(finished): 1, "exact:ring8": 2, "exact:gaussian": 1,
+    }  # fmt: skip
+    page = Outline((tmp_path / "out" / "contest.html").read_text())
+    assert page.text.index("MMD") < page.text.index("network calls")
+    spread = result["rows"][0]["spread"]["mmd"]
+    assert f"± {spread:.2g}" in page.text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"nfe": 1, "metrics": 3}', "\x00"])
+def test_damaged_scores_are_measured_anew(points: Path, tmp_path: Path, content: str) -> None:
+    whole = contests.contest([str(points)], QUICK, tmp_path, quiet, against="exact:ring8")
+    (stored,) = (tmp_path / "scores").iterdir()
+    stored.write_text(content)
+    assert contests.contest([str(points)], QUICK, tmp_path, quiet, against="exact:ring8")["rows"] == whole["rows"]
+    assert json.loads(stored.read_text())["metrics"] == whole["rows"][0]["metrics"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"steps": 4, "history": [3]}'])
+def test_a_damaged_report_is_named(
+    finished: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ = tmp_path / "run"
+    run_.mkdir()
+    for name in ("recipe.toml", "generator.safetensors"):
+        (run_ / name).write_bytes((finished / name).read_bytes())
+    (run_ / "report.json").write_text(content)
+    assert cli.main(["evaluate", str(run_), "--samples", "50", "--teacher", "false"]) == 2
+    assert f"limbeck: {run_ / 'report.json'}: damaged" in capsys.readouterr().err
 
 
 def test_scores_are_stored_by_what_they_depend_on(points: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from limbeck.evaluate.bootstrap import bootstrap
-from limbeck.evaluate.classify import c2st, class_accuracy, class_balance, inception_score
+from limbeck.evaluate.classify import c2st, class_accuracy
 from limbeck.evaluate.frechet import Moments, frechet_distance, frechet_infinity
 from limbeck.evaluate.kernel import kid, mmd2, polynomial_mmd2_unbiased
 from limbeck.evaluate.modes import mode_statistics
@@ -369,43 +369,13 @@ def test_memorisation_tells_copies_from_new_samples() -> None:
 # --- classifiers --------------------------------------------------------------------------------------------------
 
 
-def test_inception_score_closed_forms() -> None:
-    one_hot = torch.eye(5).repeat(20, 1)
-    assert inception_score(one_hot, splits=4).mean == pytest.approx(5, rel=1e-12)
-    assert inception_score(torch.full((30, 5), 0.2), splits=3).mean == pytest.approx(1, rel=1e-7)
-    # Two classes, each told apart with probability p: exp(log 2 - H(p)).
-    p = 0.9
-    rows = torch.tensor([[p, 1 - p], [1 - p, p]], dtype=torch.float64).repeat(10, 1)
-    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
-    assert inception_score(rows, splits=1) == pytest.approx((2 * math.exp(-entropy), 0), rel=1e-12)
-    # Parts that hold 1 and 5 classes: mean 3, deviation 2.
-    uneven = torch.cat([torch.eye(5)[:1].repeat(20, 1), torch.eye(5).repeat(4, 1)])
-    assert inception_score(uneven, splits=2) == pytest.approx((3, 2), rel=1e-12)
-    with pytest.raises(ValueError, match="softmax"):
-        inception_score(torch.randn(10, 5, generator=torch.Generator().manual_seed(0)))
-
-
-def test_class_accuracy_and_balance_by_hand() -> None:
+def test_class_accuracy_by_hand() -> None:
     predicted = torch.tensor([0, 0, 0, 1])
     assert class_accuracy(predicted, torch.tensor([0, 0, 2, 1])) == 0.75
-    balance = class_balance(predicted, 3)
-    assert balance.shares.tolist() == [0.75, 0.25, 0]
-    assert balance.distance == pytest.approx(0.75 - 1 / 3, rel=1e-15)
-    assert class_balance(predicted, 3, torch.tensor([0.75, 0.25, 0])).distance == 0
     with pytest.raises(ValueError, match="argmax"):
         class_accuracy(torch.eye(3), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="pair up"):
         class_accuracy(predicted, predicted[:3])
-    with pytest.raises(ValueError, match="predicted must lie in"):
-        class_balance(predicted, 1)
-    with pytest.raises(ValueError, match="wanted"):
-        class_balance(predicted, 2, torch.tensor([0.5, 0.6]))
-
-
-def test_chance_level_of_the_class_balance() -> None:
-    generator = torch.Generator().manual_seed(0)
-    chance = [class_balance(torch.randint(10, (2000,), generator=generator), 10).distance for _ in range(50)]
-    assert sum(chance) / 50 == pytest.approx(math.sqrt(10 / (2 * math.pi * 2000)), rel=0.1)
 
 
 def test_c2st_reaches_the_bayes_accuracy_and_chance() -> None:
@@ -542,8 +512,6 @@ LOSSES: dict[str, Callable[[Tensor], float]] = {
     "density": lambda x: abs(1 - precision_recall_density_coverage(REAL, x).density),
     "coverage": lambda x: 1 - precision_recall_density_coverage(REAL, x).coverage,
     "c2st": lambda x: max(c2st(REAL, x) - 0.5, 0),
-    "inception_score": lambda x: 8 - inception_score(posterior(x), splits=3).mean,
-    "class_balance": lambda x: class_balance(posterior(x).argmax(1), 8).distance,
     "memorisation": lambda x: memorisation(x, TRAIN, REAL).share,
     "mode_recall": lambda x: 1 - mode_statistics(x, MEANS, STD).recall,
     "mode_outside": lambda x: mode_statistics(x, MEANS, STD).outside,
@@ -562,8 +530,6 @@ SEES = {
     "density": ["blur", "noise", "narrow"],
     "coverage": ["blur", "drop", "copies", "narrow"],
     "c2st": ["blur", "noise", "drop", "copies", "narrow"],
-    "inception_score": ["blur", "drop"],
-    "class_balance": ["drop", "copies"],
     "memorisation": ["memory"],
     "mode_recall": ["blur", "drop", "copies"],
     "mode_outside": ["blur", "noise"],
@@ -579,8 +545,6 @@ BLIND = {
     "density": ["drop", "memory"],
     "coverage": ["noise", "memory"],
     "c2st": ["memory"],
-    "inception_score": ["narrow", "memory"],
-    "class_balance": ["blur", "noise", "narrow", "memory"],
     "memorisation": ["blur", "noise", "drop", "copies", "narrow"],
     "mode_recall": ["noise", "narrow", "memory"],
     "mode_outside": ["drop", "copies", "narrow", "memory"],

@@ -1,39 +1,9 @@
-"""Metrics that pass through a classifier, and the classifier two-sample test.
-
-Class probabilities come from any classifier of the data at hand. With a classifier other than Inception the score of
-``inception_score`` is an analogue: its values compare only under that same classifier.
-"""
-
-from dataclasses import dataclass
+"""Accuracy under a classifier, and the classifier two-sample test."""
 
 import torch
 from torch import Tensor
 
-from limbeck.evaluate.kernel import Estimate
-from limbeck.evaluate.rows import as_pair, as_rows, squared_distances
-
-
-def inception_score(probabilities: Tensor, splits: int = 10) -> Estimate:
-    """``exp(E_x KL(p(y|x) || p(y)))`` of class probabilities (N, C): mean and std over ``splits`` consecutive parts.
-
-    Salimans et al. 2016 (arXiv 1606.03498). Between 1 and C. Small parts bias it downward, so compare at equal N and
-    ``splits``; rows sorted by class break the parts, shuffle them first.
-
-    Blind to everything that the classifier ignores, to variety within a class (one perfect image per class scores C),
-    and to the real data, which it never sees. Raises ValueError unless rows are probabilities that sum to one.
-    """
-    p = as_rows("probabilities", probabilities)
-    if bool((p < 0).any()) or not bool(((p.sum(1) - 1).abs() < 1e-3).all()):
-        raise ValueError("probabilities must be non-negative rows that sum to 1; apply softmax to logits first")
-    if not 1 <= splits <= len(p):
-        raise ValueError(f"splits must be between 1 and the number of rows {len(p)}, got {splits}")
-    scores = []
-    for part in p.tensor_split(splits):
-        entropy_of_mean = -torch.xlogy(part.mean(0), part.mean(0)).sum()
-        mean_of_entropy = -torch.xlogy(part, part).sum(1).mean()
-        scores.append((entropy_of_mean - mean_of_entropy).exp())
-    values = torch.stack(scores)
-    return Estimate(float(values.mean()), float(values.std(correction=0)))
+from limbeck.evaluate.rows import as_pair, squared_distances
 
 
 def class_accuracy(predicted: Tensor, wanted: Tensor) -> float:
@@ -47,32 +17,6 @@ def class_accuracy(predicted: Tensor, wanted: Tensor) -> float:
     if predicted.shape != wanted.shape:
         raise ValueError(f"predicted has {len(predicted)} classes but wanted has {len(wanted)}; they must pair up")
     return float((predicted == wanted.to(predicted.device)).double().mean())
-
-
-@dataclass(frozen=True, eq=False)
-class ClassBalance:
-    """Share of samples per class (C,) and its total-variation distance, in [0, 1], to the wanted law."""
-
-    shares: Tensor
-    distance: float
-
-
-def class_balance(predicted: Tensor, classes: int, wanted: Tensor | None = None) -> ClassBalance:
-    """How the predicted classes (N,) are spread over ``classes`` classes, against ``wanted`` (C,) or the uniform law.
-
-    The distance is half the sum of ``|share - wanted|``: the share of samples that sits in the wrong class. Chance
-    alone leaves about sqrt(C / (2 pi N)).
-
-    Blind to quality and to what happens within a class; a classifier that confuses classes shifts it.
-    """
-    _check_classes("predicted", predicted)
-    if classes < 1 or int(predicted.min()) < 0 or int(predicted.max()) >= classes:
-        raise ValueError(f"predicted must lie in 0..{classes - 1}, got {int(predicted.min())}..{int(predicted.max())}")
-    shares = predicted.bincount(minlength=classes).double() / len(predicted)
-    law = torch.full_like(shares, 1 / classes) if wanted is None else wanted.to(shares)
-    if law.shape != shares.shape or bool((law < 0).any()) or not abs(float(law.sum()) - 1) < 1e-6:
-        raise ValueError(f"wanted must hold {classes} non-negative shares that sum to 1, got {law.tolist()}")
-    return ClassBalance(shares, float((shares - law).abs().sum() / 2))
 
 
 def c2st(a: Tensor, b: Tensor, seed: int = 0, folds: int = 5, neighbours: int = 15) -> float:
