@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +81,7 @@ def test_the_time_of_the_demo_is_that_of_its_command(monkeypatch: pytest.MonkeyP
     accept, clock = tool("accept"), [0.0]
     makefile = (ROOT / "Makefile").read_text()
     assert "limbeck distill recipes/digits-pid.toml --out runs/demo" in makefile
-    monkeypatch.setattr(accept.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(accept, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     for seconds in (200.0, 400.0):
 
         def played(command: list[str], seconds: float = seconds, **keys: Any) -> None:
@@ -89,7 +89,7 @@ def test_the_time_of_the_demo_is_that_of_its_command(monkeypatch: pytest.MonkeyP
             assert keys["check"] and keys["env"]["OMP_NUM_THREADS"] == "2" and not Path(command[6]).exists()
             clock[0] += seconds
 
-        monkeypatch.setattr(accept.subprocess, "run", played)
+        monkeypatch.setattr(accept, "subprocess", SimpleNamespace(run=played))
         result = accept.demo_time()
         assert result["seconds"] == seconds and [good for _, good in result["checks"]] == [seconds < 360]
 
