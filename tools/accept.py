@@ -115,6 +115,7 @@ def evaluated(samples: int, width: int) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-ring8": lambda: compared("pid-ring8", ring8),
+    "score-ring8": lambda: compared("score-ring8", ring8),
     "pid-digits": lambda: compared("pid-digits", demo),
     "demo": demo_time,
     "pid-trend-ring8": lambda: compared("pid-trend-ring8", trend),
