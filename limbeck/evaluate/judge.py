@@ -29,7 +29,7 @@ from limbeck.evaluate.modes import mode_statistics
 from limbeck.evaluate.neighbours import PRDC, memorisation, precision_recall_density_coverage
 from limbeck.evaluate.transport import sliced_wasserstein
 from limbeck.exact import Empirical, Gaussian, Mixture
-from limbeck.features import Classifier
+from limbeck.features import Classifier, Scripted
 from limbeck.files import sha256, write_atomically
 from limbeck.randomness import stream
 
@@ -296,10 +296,11 @@ class ImageJudge:
         that part is too small, the floor is the reference's own, of `DRAWS` draws.
         """
         reference, kept = self.reference, len(self.reference.rows)
-        if not reference.floors:
+        if not reference.floors or not kept:
             return Truth({}, 0, "unknown, the reference file brings none")
         told = {name: reference.floors[name] for name in ("class_accuracy",) if name in reference.floors}
-        told |= {"c2st": 0.5, "memorisation_share": 0.01}  # by their definitions
+        by_definition = {"c2st": 0.5, "memorisation_share": 0.01, "memorisation_ratio": 1.0}
+        told |= {name: value for name, value in by_definition.items() if name in self.names}
         rng, how = stream(0, "floor", samples), "drawn with replacement from"
         if kept == reference.count:
             rows = torch.randint(kept, (samples,), generator=rng)
@@ -345,7 +346,7 @@ class ImageJudge:
     @property
     def answers(self) -> int:
         """Number of classes of which the network tells the chances, 0 if it does not."""
-        return int(getattr(self.network, "classes", 0))
+        return self.network.classes if isinstance(self.network, Classifier | Scripted) else 0
 
     def hashes(self) -> dict[str, str]:
         return {"reference": self.digest, "features": self.reference.features}
