@@ -264,7 +264,7 @@ def test_none_is_left_out() -> None:
 
 
 def test_an_object_is_written_by_its_class() -> None:
-    assert config._plain({"features": object(), "pair": (1, 2)}) == {"features": "<builtins.object>", "pair": [1, 2]}
+    assert config.plain({"features": object(), "pair": (1, 2)}) == {"features": "<builtins.object>", "pair": [1, 2]}
 
 
 def test_differences() -> None:

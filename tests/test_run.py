@@ -678,8 +678,11 @@ def test_conditional_images(tmp_path: Path, distill: Any, weights: Any, equal: A
         "every": {"sample": 3},
     }
     told = distill(tmp_path / "a", "digits", **keys)
-    for column in ("student", "teacher_scores", "floor"):
+    for column in ("student", "teacher_scores"):
         assert {"fd_feature", "fd_pixel", "class_accuracy"} <= told[column]["metrics"].keys()
+    # the floor is that of 40 images; in pixels it is known for 10,000 only, and says so
+    assert {"fd_feature", "class_accuracy"} <= told["floor"]["metrics"].keys() and told["floor"]["samples"] == 40
+    assert "fd_pixel" not in told["floor"]["metrics"] and "fd_pixel is known for 10,000 only" in told["floor"]["note"]
     assert limbeck.load(tmp_path / "a").classes == 10
     assert [p.name for p in (tmp_path / "a" / "samples").iterdir()] == ["step-000000003.png"]
     with pytest.MonkeyPatch.context() as patched:
