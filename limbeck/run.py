@@ -141,6 +141,12 @@ def distillation(
     teacher = teachers.load(name, network) if teacher is None else teacher
     recipe = _fit_levels(recipe, teacher, tell)
     template = student_template(recipe, teacher, network)
+    adversarial = getattr(getattr(recipe.method, "game", None), "adversarial", None)
+    if adversarial is not None and adversarial.features == "teacher" and template is not teacher:
+        raise ValueError(
+            "method.game.adversarial.features: teacher needs a student of the teacher's own network, so leave template "
+            "out; or take fake"
+        )
     needs_data = recipe.real.source == "data" or (recipe.real.source == "auto" and not _exact_provider(teacher))
     if recipe.real.data is not None and not (recipe.method.needs_real and needs_data):
         raise ValueError("real.data: nothing reads it, with this method and teacher and real.source; leave it out")
@@ -240,7 +246,12 @@ class Preparation:
 
     def _teacher_provider(self, job: Job, count: int, stop: Stop, tell: Tell) -> Provider:
         pairs = self._pairs(job, count, stop, tell)
-        return provider_of(pairs.x, None if pairs.cond is None else pairs.cond.argmax(1))
+        if pairs.cond is None:
+            return provider_of(pairs.x, None)
+        missing = torch.nonzero(pairs.cond.sum(0) == 0)[:, 0].tolist()
+        if missing:
+            raise ValueError(f"real.source: teacher:{count} holds no sample of class {missing[0]}; ask for more")
+        return provider_of(pairs.x, pairs.cond.argmax(1))
 
     def _pairs(self, job: Job, count: int, stop: Stop, tell: Tell) -> Pairs:
         steps = job.recipe.evaluate.teacher_steps

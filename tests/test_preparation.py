@@ -122,3 +122,14 @@ def test_health_is_in_the_log_and_on_the_page(tmp_path: Path, tiny: dict[str, An
     assert len(rows) == 6 and all('"health/fake_loss"' in row and row.count('"health/gap/') >= 3 for row in rows)
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Gap between the scores" in page and "loss on fresh samples" in page and "Generator: loss" not in page
+
+
+def test_a_critic_on_the_teacher_s_features_needs_its_network(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    method = {"name": "dmd2", "game": {"adversarial": {"features": "teacher"}}}
+    with pytest.raises(ValueError, match=r"^method.game.adversarial.features: teacher needs"):
+        limbeck.distill("exact:ring8", method, out=tmp_path / "a", **QUIET, **tiny)
+    assert not (tmp_path / "a").exists()
+    keys = {**tiny, "template": {}, "steps": 1}
+    with pytest.raises(ValueError, match=r"^real.source: teacher:5 holds no sample of class \d; ask for more"):
+        limbeck.distill("digits", method, out=tmp_path / "b", **QUIET, **keys, real={"source": "teacher:5"})
+    limbeck.distill("digits", method, out=tmp_path / "b", **QUIET, **keys, real={"source": "teacher:200"})
