@@ -205,7 +205,7 @@ class EvaluateOptions:
         against: the law to score against, if it is not the first file's own teacher or data.
         out: folder for scores (an interrupted evaluation goes on), contest.json and contest.html.
         size: side to which pictures of a folder are resized.
-        teacher: score the teachers of generators beside them, by Heun's method of `teacher_steps`.
+        teacher: score the teachers of generators too, by Heun's method of `teacher_steps`, unless named already.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

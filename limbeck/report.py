@@ -1175,14 +1175,18 @@ def _metric_cell(key: str, metric: Metric | None) -> _Html:
 def _score_cell(side: _Side, key: str, metric: Metric | None, full: float) -> _Html:
     """The score with its spread, and a bar whose full length is `full` (none if that is 0)."""
     value, number = side.metrics.get(key), side.score(key)
-    known = (_spread(metric, block.get(key)) for block in (side.spread, side.intervals))
-    spread = ", ".join(text for text in known if text)
+    spread = spread_text(key, side.spread.get(key), side.intervals.get(key))
     gauge = None
     if number is not None and full > 0:
         gauge = _el("span.gauge", _el("i", at={"style": f"width:{min(100.0, 100 * number / full):.1f}%"}))
     shown = "–" if value is None else _value(metric, value)
     parts = [_el("span.value", shown), gauge, _el("span.pm", spread) if spread else None]
     return _el(f"td.{side.role}", *parts, at={"data-label": side.name})
+
+
+def spread_text(key: str, *found: object) -> str:
+    """The spreads and intervals of a score of the metric `key`, in words."""
+    return ", ".join(filter(None, (_spread(METRICS.get(key), value) for value in found)))
 
 
 def _spread(metric: Metric | None, spread: object) -> str:

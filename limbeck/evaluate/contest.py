@@ -283,7 +283,7 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
     table = []
     for row in rows:
         line: dict[str, Any] = {"name": row["name"]}
-        line |= {key: report.Noted(row["metrics"][key], _noted(row, key)) for key in MAIN if key in row["metrics"]}
+        line |= {key: _noted(row, key) for key in MAIN if key in row["metrics"]}
         line |= {key: row[key] for key in COSTS if row.get(key)}
         table.append(line)
     truths = summary.truth_columns(result, settings.samples)
@@ -294,9 +294,11 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
     panels += _noise_levels(contestants, result["law"], settings)
     intro = (
         f"{len(rows)} contestants against {result['law']}, {settings.samples:,} samples each"
-        f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores. "
-        f"{' '.join(summary.notes_of(truths))}"
+        f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores: "
+        f"{result['floor']['note']}."
     )
+    if "halves" in result:
+        intro += f" Halves: {result['halves']['note']}."
     odd = [f"{row['name']} ({row['samples']:,})" for row in rows if row["samples"] != settings.samples]
     if odd:
         intro += f" Distances fall with the number of samples; these have another one: {', '.join(odd)}."
@@ -306,11 +308,9 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
     return report.render_comparison(f"Evaluation on {result['law']}", intro, table, panels, provenance)
 
 
-def _noted(row: dict[str, Any], key: str) -> str:
-    """The spread over draws and the interval of a score, as far as there are any."""
-    spread, ends = row["spread"].get(key), row["intervals"].get(key)
-    told = [f"± {spread:.2g}"] if spread is not None else []
-    return ", ".join(told + ([f"{ends[0]:.3g} … {ends[1]:.3g}"] if ends else []))
+def _noted(row: dict[str, Any], key: str) -> report.Noted:
+    """A score with its spread over draws and its interval, as far as there are any."""
+    return report.Noted(row["metrics"][key], report.spread_text(key, row["spread"].get(key), row["intervals"].get(key)))
 
 
 def _curves(result: dict[str, Any]) -> list[Panel]:
