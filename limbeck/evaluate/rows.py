@@ -40,10 +40,10 @@ def as_pair(name_x: str, x: Tensor, name_y: str, y: Tensor, least: int = 1) -> t
 def squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield ``(rows, block)``: the squared distances (r, M) of ``x[rows]`` to all rows of ``y``, block after block."""
     centre = y.mean(0)
-    x, y = x - centre, y - centre
+    y = y - centre
     y_norm = y.square().sum(1)
     step = max(1, BLOCK // len(y))
     for start in range(0, len(x), step):
-        part = x[start : start + step]
+        part = x[start : start + step] - centre  # not x as a whole, which may be 10,000 rows of 2,048 features
         block = torch.addmm(y_norm, part, y.T, alpha=-2).add_(part.square().sum(1, keepdim=True)).clamp_(min=0)
         yield slice(start, start + len(part)), block
