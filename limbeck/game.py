@@ -135,7 +135,7 @@ class Game:
         u = (start - low) / (high - low) * (1 - torch.arange(self.calls, dtype=torch.float64) / self.calls)
         return FewStep(denoiser, law.scaled(denoiser.unit).quantile(u).tolist())
 
-    def optimizers(self, generator: float, fake: float) -> dict[str, Optimizer]:
+    def optimizers(self, generator: float = 2.5e-4, fake: float = 1e-3) -> dict[str, Optimizer]:
         """Adam without momentum, at these learning rates; the critic's is the fake score's."""
         slow = Optimizer("adam", lr=fake, betas=(0.0, 0.99), schedule="cosine")
         made = {"fake": slow, "generator": Optimizer("adam", lr=generator, betas=(0.0, 0.99), schedule="cosine")}
@@ -167,44 +167,46 @@ class Game:
             if scale != 1 and cond is not None and batch.coin is not None:
                 cond = cond * (batch.coin >= self.guidance.dropout)[:, None]
             noisy = perturb(x, sigma, batch.eps)
-            estimate, on_fake = self._judge(nets, fake, teacher, scale, noisy, sigma, cond)
+            if a is None:
+                estimate = guided(fake, scale, noisy, sigma, cond)
+            else:
+                estimate, on_fake = self._judged(nets, teacher, scale, noisy, sigma, cond)
             value = denoising(estimate, x, sigma, fake.sigma_data)
             if self.settle:
                 cast(Settling, nets["settling"]).add(value)
             if a is None:
                 return value
-            assert batch.real is not None and on_fake is not None
+            assert batch.real is not None
             noisy = perturb(batch.real, sigma, batch.eps)
-            _, on_real = self._judge(nets, fake, teacher, 1.0, noisy, sigma, batch.cond)
-            assert on_real is not None
+            on_real = self._logits(nets, teacher, noisy, sigma, batch.cond)
             game = critic_loss(on_real, on_fake, a.loss)
             if a.r1:
                 assert batch.direction is not None
                 near = nudged(noisy, sigma, batch.direction, fake.sigma_data)
-                _, on_near = self._judge(nets, fake, teacher, 1.0, near, sigma, batch.cond)
-                assert on_near is not None
-                game = game + a.r1 * r1_penalty(on_real, on_near)
+                game = game + a.r1 * r1_penalty(on_real, self._logits(nets, teacher, near, sigma, batch.cond))
             scale_of = edm_weight(sigma, fake.sigma_data) * fake.unit**2 if a.weighting == "edm" else 1.0
             return value + a.critic * scale_of * game
 
         return Turn(("fake",) if self.adversarial is None else ("fake", "critic"), loss)
 
-    def _judge(
-        self,
-        nets: nn.ModuleDict,
-        fake: Denoiser,
-        teacher: Denoiser,
-        scale: float,
-        noisy: Tensor,
-        sigma: Tensor,
-        cond: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The fake score's estimate, guided, and the critic's logits on the features of the fake score or teacher."""
-        if self.adversarial is None:
-            return guided(fake, scale, noisy, sigma, cond), None
-        if self.adversarial.features == "teacher":
-            _, features = traced(teacher, noisy, sigma, cond)
-            return guided(fake, scale, noisy, sigma, cond), nets["critic"](features)
+    def _reads_teacher(self) -> bool:
+        return self.adversarial is not None and self.adversarial.features == "teacher"
+
+    def _logits(
+        self, nets: nn.ModuleDict, teacher: Denoiser, noisy: Tensor, sigma: Tensor, cond: Tensor | None
+    ) -> Tensor:
+        """The critic's logits (B,) on the features of the fake score or teacher."""
+        source = teacher if self._reads_teacher() else cast(Denoiser, nets["fake"])
+        logits: Tensor = nets["critic"](traced(source, noisy, sigma, cond)[1])
+        return logits
+
+    def _judged(
+        self, nets: nn.ModuleDict, teacher: Denoiser, scale: float, noisy: Tensor, sigma: Tensor, cond: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The fake score's estimate, guided, and the critic's logits: one pass, if the critic reads the fake score."""
+        fake = cast(Denoiser, nets["fake"])
+        if self._reads_teacher():
+            return guided(fake, scale, noisy, sigma, cond), self._logits(nets, teacher, noisy, sigma, cond)
         estimate, features = traced(fake, noisy, sigma, cond)
         if scale != 1 and cond is not None:
             without = fake(noisy, sigma, torch.zeros_like(cond))
@@ -241,7 +243,7 @@ class Game:
             if not asked:
                 estimate = guided(fake, self.guidance.fake, noisy, sigma, batch.cond)
                 return View(x, sigma, noisy, real, estimate, None)
-        estimate, logits = self._judge(nets, fake, teacher, self.guidance.fake, noisy, sigma, batch.cond)
+        estimate, logits = self._judged(nets, teacher, self.guidance.fake, noisy, sigma, batch.cond)
         return View(x, sigma, noisy, real, estimate if graph else estimate.detach(), logits)
 
     def adversarial_loss(self, view: View) -> Tensor:

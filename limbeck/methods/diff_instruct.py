@@ -83,7 +83,7 @@ class DiffInstruct:
         return self.game.players(template, generator)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return self.game.optimizers(generator=2.5e-4, fake=1e-3)
+        return self.game.optimizers()
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
         return self.game.turns(self.loss, step, images)

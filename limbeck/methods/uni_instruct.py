@@ -132,7 +132,7 @@ class UniInstruct:
         return made | ({"ratio": RatioScale(self.ratio_bins)} if self.needs_real else {})
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return self._game.optimizers(generator=2.5e-4, fake=1e-3)
+        return self._game.optimizers()
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
         return self._game.turns(self.loss, step, images)
