@@ -43,6 +43,7 @@ VERBS = {
     "show": ("RUN [--json]", "say what a run folder holds"),
 }
 
+RENAMED = {"sample": {"label": "class"}, "import": {"role": "as"}}  # fields by verb whose keys Python reserves
 FLAGS = ("json", "unification", "serve")
 
 
@@ -304,15 +305,26 @@ class ImportOptions:
     preconditioning: Literal["edm", "vp", "ve"] | None = None
 
 
-def _import(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import config, importer
+def _options(cls: type, verb: str, keys: dict[str, Any]) -> Any:
+    """The validated options of a verb, some of whose fields have another name on the command line."""
+    from limbeck import config
 
-    if "as" in keys:
-        keys["role"] = keys.pop("as")
+    for field, key in RENAMED[verb].items():
+        if key in keys:
+            keys[field] = keys.pop(key)
     try:
-        options: ImportOptions = config.validate(ImportOptions, keys)
+        return config.validate(cls, keys)
     except ValueError as error:
-        raise Mistake(str(error).replace("role", "as")) from None  # `as` cannot be a field's name in Python
+        text = str(error)
+        for field, key in RENAMED[verb].items():
+            text = text.replace(field, key)
+        raise Mistake(text) from None
+
+
+def _import(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import importer
+
+    options: ImportOptions = _options(ImportOptions, "import", keys)
     path = Path(_one(words, "FILE"))
     target = importer.convert(path, Path(options.out), options.role, options.sigma_init, options.preconditioning)
     _say(f"{path}: {target.stem} in {target}; nothing of the file was run. {importer.LICENCE}")
@@ -414,19 +426,14 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 def _sample(words: list[str], keys: dict[str, Any]) -> None:
     import numpy as np
 
-    from limbeck import config, summary
+    from limbeck import summary
     from limbeck.evaluate.draws import Latents, generate, latents
     from limbeck.files import write_atomically
     from limbeck.generator import Generator
     from limbeck.pictures import overview, png, to_bytes
 
     source, network = _one(words, "FILE"), _network(keys)
-    if "class" in keys:
-        keys["label"] = keys.pop("class")
-    try:
-        options: SampleOptions = config.validate(SampleOptions, keys)
-    except ValueError as error:
-        raise Mistake(str(error).replace("label", "class")) from None  # `class` cannot be a field's name in Python
+    options: SampleOptions = _options(SampleOptions, "sample", keys)
     model = _model(source, network)
     sampler, calls, shape, classes = summary.sampler_of(model, options.steps)
     if "steps" in keys and isinstance(model, Generator):

@@ -10,8 +10,6 @@ import tyro
 
 from limbeck import cli, config, methods
 
-RENAMED = {"sample": {"label": "class"}, "import": {"role": "as"}}  # keys that are no names in Python
-
 
 def print_keys(verb: str, method: str | None) -> None:
     """Print the keys of `verb`; `method` picks the objective whose fields are shown.
@@ -28,7 +26,7 @@ def print_keys(verb: str, method: str | None) -> None:
                 config=(tyro.conf.AvoidSubcommands,),
             )  # fmt: skip
         text = printed.getvalue()
-        for field, key in RENAMED.get(verb, {}).items():
+        for field, key in cli.RENAMED.get(verb, {}).items():
             text = text.replace(f"--{field} ", f"--{key} ".ljust(len(field) + 3))
         print(text, end="")
 
