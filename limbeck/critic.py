@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned, expand
+from limbeck.denoiser import Denoiser, Networked, expand
 from limbeck.objective import State
 
 Kind = Literal["softplus", "bce", "hinge"]
@@ -76,7 +76,7 @@ def critic_on(denoiser: Denoiser) -> Critic:
     Raises:
         ValueError: if it has none.
     """
-    if not isinstance(denoiser, Preconditioned | EpsPreconditioned) or not hasattr(denoiser.network, "trace"):
+    if not isinstance(denoiser, Networked) or not hasattr(denoiser.network, "trace"):
         raise ValueError(
             "template: a critic reads the features of one of Limbeck's networks; set template.network, and "
             "adversarial.features = fake for a teacher that has none"
@@ -86,7 +86,7 @@ def critic_on(denoiser: Denoiser) -> Critic:
 
 def traced(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
     """The clean estimate and the features of a denoiser that a critic reads."""
-    assert isinstance(denoiser, Preconditioned | EpsPreconditioned)
+    assert isinstance(denoiser, Networked)
     return denoiser.trace(x, sigma, cond)
 
 

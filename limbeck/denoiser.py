@@ -68,6 +68,16 @@ class Denoiser(nn.Module):
         """E[x_0 | x] (B, *shape) for x (B, *shape), sigma a scalar or (B,), cond None or (B, classes)."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, Any]:
+        """What a card says of any denoiser, as JSON-able values."""
+        return {
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+        }
+
     def labels(self, cond: Tensor | None, x: Tensor) -> Tensor | None:
         """`cond` checked against `classes`; None becomes zero rows (no label) where the denoiser takes labels."""
         if self.classes == 0:
@@ -91,7 +101,37 @@ def eps(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None = None
     return (x - denoiser(x, sigma, cond)) / expand(sigma, x)
 
 
-class Preconditioned(Denoiser):
+class Networked(Denoiser):
+    """Interface: a denoiser that is a network between two scalings, D = combined(x, F(scaled x, c_noise, cond)).
+
+    Attributes:
+        network: F, called as network(x, c_noise, cond).
+    """
+
+    network: nn.Module
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        f = self.network(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
+        return self._combined(x, sigma, f)
+
+    def trace(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The clean estimate, and the features (B, network.feature_width) that the network formed on its way."""
+        network: Any = self.network
+        f, features = network.trace(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
+        return self._combined(x, sigma, f), features
+
+    def c_noise(self, sigma: Tensor, x: Tensor) -> Tensor:
+        """The network's noise input with shape (B,)."""
+        raise NotImplementedError
+
+    def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _combined(self, x: Tensor, sigma: Tensor, f: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Preconditioned(Networked):
     """A network F in EDM's preconditioning: D = c_skip x + c_out F(c_in x, c_noise, cond).
 
     c_skip = sd^2 / (sigma^2 + sd^2), c_out = sigma sd / sqrt(sigma^2 + sd^2), c_in = 1 / sqrt(sigma^2 + sd^2),
@@ -117,16 +157,6 @@ class Preconditioned(Denoiser):
         self.network = network
         self.noise_unit = self.unit if noise_unit is None else float(noise_unit)
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        f = self.network(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
-        return self._combined(x, sigma, f)
-
-    def trace(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The clean estimate, and the features (B, network.feature_width) that the network formed on its way."""
-        network: Any = self.network
-        f, features = network.trace(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
-        return self._combined(x, sigma, f), features
-
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x / (expand(sigma, x) ** 2 + self.sigma_data**2).sqrt()
 
@@ -146,16 +176,12 @@ class Preconditioned(Denoiser):
             "preconditioning": "edm",
             "network": network.name,
             "arguments": network.arguments,
-            "shape": list(self.shape),
-            "classes": self.classes,
-            "sigma_data": self.sigma_data,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+            **self.facts(),
             "noise_unit": self.noise_unit,
         }
 
 
-class EpsPreconditioned(Denoiser):
+class EpsPreconditioned(Networked):
     """A network F that predicts noise, in a preconditioning older than EDM's: D = x + c_out F(c_in x, c_noise, cond).
 
         form    c_out    c_in                   c_noise
@@ -199,16 +225,6 @@ class EpsPreconditioned(Denoiser):
         if form == "iddpm":
             self.register_buffer("levels", torch.tensor(iddpm_levels(steps).tolist(), dtype=torch.float32))
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        f = self.network(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
-        return self._combined(x, sigma, f)
-
-    def trace(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The clean estimate, and the features (B, network.feature_width) that the network formed on its way."""
-        network: Any = self.network
-        f, features = network.trace(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
-        return self._combined(x, sigma, f), features
-
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x if self.form == "ve" else x / (expand(sigma, x) ** 2 + 1).sqrt()
 
@@ -238,11 +254,7 @@ class EpsPreconditioned(Denoiser):
             "preconditioning": self.form,
             "network": network.name,
             "arguments": network.arguments,
-            "shape": list(self.shape),
-            "classes": self.classes,
-            "sigma_data": self.sigma_data,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+            **self.facts(),
             "steps": self.steps,
             "beta_d": self.beta_d,
             "beta_min": self.beta_min,
@@ -319,11 +331,7 @@ class Rescaled(Denoiser):
             "arguments": model.arguments,
             "schedule": described(self.schedule),
             "output": self.output,
-            "shape": list(self.shape),
-            "classes": self.classes,
-            "sigma_data": self.sigma_data,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,
+            **self.facts(),
         }
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import limbeck
 from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
 from limbeck.config import Every, Real, Recipe
-from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned
+from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
@@ -338,7 +338,7 @@ def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | N
     options = dict(recipe.template)
     name = options.pop("network", None)
     inner: Any = getattr(teacher, "model", None)  # of a Rescaled
-    built = isinstance(teacher, Preconditioned | EpsPreconditioned) or hasattr(inner, "arguments")
+    built = isinstance(teacher, Networked) or hasattr(inner, "arguments")
     if name is None and not options and built:
         return teacher
     facts = (teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max)
