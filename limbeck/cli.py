@@ -28,6 +28,10 @@ VERBS = {
         "FILE ... [--out DIR] [--samples N ...] [--json]",
         "score runs, generators, teachers and samples side by side",
     ),
+    "bench": (
+        "SOURCE [--untrained cifar10] [--repeats N] [--out FILE.json] [--other.KEY VALUE ...] [--KEY VALUE ...]",
+        "measure what a recipe's step costs, or compare two settings",
+    ),
     "compare": ("GRID.toml --out DIR [--features F]", "run a grid of recipes and put their scores side by side"),
     "export": (
         "FILE --to onnx|torch|diffusers|hub|web --out PATH [--runtime DIR] [--serve]",
@@ -265,6 +269,33 @@ class DoctorOptions:
 
 
 @dataclass(frozen=True)
+class BenchOptions:
+    """Options of `limbeck bench` beside a recipe's keys. Keys under `other.` make a second setting, for ratios.
+
+    Attributes:
+        untrained: cifar10 or imagenet64: in place of the recipe's teacher, a network of the size of EDM's with random
+            weights.
+        repeats: of each setting; the median counts.
+        steps_each: steps of one repeat.
+        out: a .json file for the result.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    untrained: Literal["cifar10", "imagenet64"] | None = None
+    repeats: int = 5
+    steps_each: int = 1
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "steps_each"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.out is not None:
+            check_file(self.out)
+
+
+@dataclass(frozen=True)
 class ReferenceOptions:
     """Options of `limbeck reference`.
 
@@ -357,6 +388,14 @@ def _methods(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _recipe(words: list[str], keys: dict[str, Any], field: str, default: str) -> tuple[dict[str, Any], Path, bool]:
+    """The recipe table, the run folder, and whether the result is printed as JSON; arguments as `_table`."""
+    source = _one(words, "SOURCE")
+    as_json = keys.pop("json", None) == "true"
+    out = _folder(keys.pop("out", None))
+    return _table(source, keys, field, default), out, as_json
+
+
+def _table(source: str, keys: dict[str, Any], field: str, default: str) -> dict[str, Any]:
     """The recipe table of SOURCE (a recipe file or a teacher or data set) with the keys of the command line.
 
     Args:
@@ -365,9 +404,6 @@ def _recipe(words: list[str], keys: dict[str, Any], field: str, default: str) ->
     """
     from limbeck import config
 
-    source = _one(words, "SOURCE")
-    as_json = keys.pop("json", None) == "true"
-    out = _folder(keys.pop("out", None))
     is_file = source.endswith(".toml") and not source.startswith("exact:")
     table: dict[str, Any] = config.read_toml(Path(source)) if is_file else {field: source}
     method = table.get("method", {})
@@ -382,7 +418,7 @@ def _recipe(words: list[str], keys: dict[str, Any], field: str, default: str) ->
         config.set_dotted(table, key, _literal(value) if key.startswith("template.") else value)
     if isinstance(table["method"], dict):
         table["method"].setdefault("name", default)
-    return table, out, as_json
+    return table
 
 
 def _folder(out: Any) -> Path:
@@ -505,6 +541,34 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
             print(line)
 
 
+def _bench(words: list[str], keys: dict[str, Any]) -> None:
+    import torch
+
+    from limbeck import bench, config, methods
+    from limbeck.files import write_atomically
+
+    network, as_json = _network(keys), keys.pop("json", None) == "true"
+    options: BenchOptions = config.validate(
+        BenchOptions, {key: keys.pop(key) for key in ("untrained", "repeats", "steps_each", "out") if key in keys}
+    )
+    other = {key.removeprefix("other."): keys.pop(key) for key in list(keys) if key.startswith("other.")}
+    source = _one(words, "SOURCE")
+    tables = {"one": _table(source, dict(keys), "teacher", "pid")}
+    if other:
+        tables["other"] = _table(source, {**keys, **other}, "teacher", "pid")
+    recipes = {name: config.resolve(table, methods.METHODS, foreign=True) for name, table in tables.items()}
+    teacher = None if options.untrained is None else bench.untrained(options.untrained)
+    threads = recipes["one"].threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = bench.bench(recipes, teacher, network, options.repeats, options.steps_each)
+    result = {"source": source, "untrained": options.untrained, "keys": keys, "other": other, **result}
+    text = json.dumps(result, indent=1) + "\n"
+    if options.out is not None:
+        write_atomically(Path(options.out), text)
+    print(text if as_json else "\n".join(bench.lines(result)))
+
+
 def _compare(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import compare
 
@@ -584,13 +648,13 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import", "doctor"):
+    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import", "doctor", "bench"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
-    if verb in ("distill", "teach", "sample", "evaluate", "doctor"):
+    if verb in ("distill", "teach", "sample", "evaluate", "doctor", "bench"):
         print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
-    if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show"):
+    if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show", "bench"):
         print("--json                            print the result as JSON")
     if verb == "compare":
         print("--features F                      replaces evaluate.features of all runs, e.g. by a TorchScript file")
@@ -601,6 +665,7 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "teach": _teach,
     "sample": _sample,
     "evaluate": _evaluate,
+    "bench": _bench,
     "compare": _compare,
     "export": _export,
     "import": _import,

@@ -120,6 +120,12 @@ class Networked(Denoiser):
         f, features = network.trace(self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x))
         return self._combined(x, sigma, f), features
 
+    def features(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The features alone, for the cost of the encoder where the network has one."""
+        network: Any = self.network
+        inputs = self._scaled(x, sigma), self.c_noise(sigma, x), self.labels(cond, x)
+        return network.features(*inputs) if hasattr(network, "features") else network.trace(*inputs)[1]
+
     def c_noise(self, sigma: Tensor, x: Tensor) -> Tensor:
         """The network's noise input with shape (B,)."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.critic import Adversarial, critic_loss, critic_on, generator_loss, nudged, r1_penalty, traced
-from limbeck.denoiser import Denoiser, guided
+from limbeck.denoiser import Denoiser, Networked, guided
 from limbeck.generator import FewStep, Generator, OneStep
 from limbeck.losses import denoising, edm_weight
 from limbeck.noise import Karras, Law, Levels, LogNormal
@@ -196,8 +196,8 @@ class Game:
         self, nets: nn.ModuleDict, teacher: Denoiser, noisy: Tensor, sigma: Tensor, cond: Tensor | None
     ) -> Tensor:
         """The critic's logits (B,) on the features of the fake score or teacher."""
-        source = teacher if self._reads_teacher() else cast(Denoiser, nets["fake"])
-        logits: Tensor = nets["critic"](traced(source, noisy, sigma, cond)[1])
+        source = teacher if self._reads_teacher() else nets["fake"]
+        logits: Tensor = nets["critic"](cast(Networked, source).features(noisy, sigma, cond))
         return logits
 
     def _judged(

@@ -42,6 +42,7 @@ def _subjects(verb: str, method: str | None) -> list[tuple[Any, Any]]:
         "reference": [cli.ReferenceOptions],
         "import": [cli.ImportOptions],
         "doctor": [cli.DoctorOptions],
+        "bench": [cli.BenchOptions],
         "evaluate": [cli.EvaluateOptions, config.Evaluation],
     }
     return [(kind, tyro.MISSING_NONPROP) for kind in kinds[verb]]

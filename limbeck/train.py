@@ -115,7 +115,7 @@ class Trainer:
             for number, batch in enumerate(micro):
                 torch.manual_seed(seed_of(self.seed, "dropout", self.step, index, number))
                 each = turn.loss(self.nets, self.teacher, batch)
-                (each.sum() / count).backward()
+                self._backward(each.sum() / count)
                 losses.append(each.detach())
         loss = sum((each.sum() / count for each in losses), micro[0].z.new_zeros(()))
         norms = {name: _gradient_norm(player) for name, player in players.items()}
@@ -144,6 +144,9 @@ class Trainer:
         told[f"loss/{key}"] = loss
         self._rest(players)
         return count
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def _rest(self, players: Mapping[str, nn.Module]) -> None:
         for player in players.values():

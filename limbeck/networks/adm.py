@@ -195,11 +195,21 @@ class ADM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`forward`'s output, and the encoder's last activations, mean over pixels (B, feature_width)."""
         emb = self.embed(noise, cond, augment, batch=x.shape[0])
-        skips: list[Tensor] = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
+        skips = self._encode(x, emb)
+        x = skips[-1]
         features = x.mean((2, 3))
         for name, block in self.dec.items():
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         return self.out_conv(F.silu(self.out_norm(x))), features
+
+    def features(self, x: Tensor, noise: Tensor, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """The second of what `trace` returns, without the decoder's cost."""
+        return self._encode(x, self.embed(noise, cond, augment, batch=x.shape[0]))[-1].mean((2, 3))
+
+    def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Activations that the decoder takes back, last first to be taken."""
+        skips: list[Tensor] = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+            skips.append(x)
+        return skips

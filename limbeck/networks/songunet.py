@@ -243,23 +243,8 @@ class SongUNet(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`forward`'s output, and the encoder's last activations, mean over pixels (B, feature_width)."""
         emb = self.embed(noise, cond, augment, batch=x.shape[0])
-        aux = x
-        skips: list[Tensor] = []
-        for name, layer in self.enc.items():
-            match name.partition("_")[2]:
-                case "conv":
-                    x = layer(x)
-                    skips.append(x)
-                case "aux_down":
-                    aux = layer(aux)
-                case "aux_skip":
-                    skips[-1] = x = x + layer(aux)
-                case "aux_residual":
-                    skips[-1] = aux = x = (x + layer(aux)) / math.sqrt(2)
-                case _:
-                    x = layer(x, emb)
-                    skips.append(x)
-
+        skips = self._encode(x, emb)
+        x = skips[-1]
         features = x.mean((2, 3))
         image: Tensor | None = None
         for name, layer in self.dec.items():
@@ -276,3 +261,27 @@ class SongUNet(nn.Module):
                     x = layer(torch.cat([x, skips.pop()], dim=1), emb)
         assert image is not None
         return image, features
+
+    def features(self, x: Tensor, noise: Tensor, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """The second of what `trace` returns, without the decoder's cost."""
+        return self._encode(x, self.embed(noise, cond, augment, batch=x.shape[0]))[-1].mean((2, 3))
+
+    def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Activations that the decoder takes back, last first to be taken."""
+        aux = x
+        skips: list[Tensor] = []
+        for name, layer in self.enc.items():
+            match name.partition("_")[2]:
+                case "conv":
+                    x = layer(x)
+                    skips.append(x)
+                case "aux_down":
+                    aux = layer(aux)
+                case "aux_skip":
+                    skips[-1] = x = x + layer(aux)
+                case "aux_residual":
+                    skips[-1] = aux = x = (x + layer(aux)) / math.sqrt(2)
+                case _:
+                    x = layer(x, emb)
+                    skips.append(x)
+        return skips

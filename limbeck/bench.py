@@ -1,0 +1,419 @@
+"""What a step costs: its time by part, its FLOPs by part, and how near that is to the machine's own limit.
+
+A method's step should cost its network passes and nothing else. `Meter` splits a step into
+
+    teacher     passes of the teacher
+    forward     passes of the players, in turn or not
+    backward    everything that runs under `backward`, the exchange of gradients aside
+    exchange    waiting for other processes' gradients
+    optimizer   the players' updates
+    ema         the moving average
+    rest        losses, noise, checks: what is no network pass
+
+each without what it calls of another part. Times are compared within one process, in turns: `compare` plays a step of
+one setting, then of the other, so that a machine that others load slows both, and gives the ratios pair by pair. The
+largest rate of a matrix multiplication is measured between the steps, so that "fraction of peak" is of the same minute.
+
+FLOPs are counted by torch, as 2 per multiplication and addition in matrix products, convolutions and attention. Torch
+has no formula for the attention that a CPU runs; it is registered here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from limbeck import run
+from limbeck.config import Evaluation, Real, Recipe
+from limbeck.denoiser import Denoiser, Networked, Preconditioned
+from limbeck.generator import Generator
+from limbeck.machine import commit, machine, peak_memory_mib, versions
+from limbeck.networks import for_samples
+from limbeck.objective import Pairs
+from limbeck.sample import heun
+from limbeck.source import NoiseSource, RealSource, provider_of
+from limbeck.train import Source, Trainer
+
+PARTS = ("teacher", "forward", "backward", "exchange", "optimizer", "ema", "rest")
+
+# networks of EDM's published teachers, with fresh weights: (network, shape, classes, arguments)
+UNTRAINED: dict[str, tuple[str, tuple[int, ...], int, dict[str, Any]]] = {
+    "cifar10": ("songunet", (3, 32, 32), 0, {"dropout": 0.13, "augment_dim": 9}),
+    "imagenet64": ("adm", (3, 64, 64), 1000, {}),
+}
+
+
+def untrained(name: str) -> Denoiser:
+    """A denoiser of the size of a published teacher, with random weights: it costs what the teacher costs.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in UNTRAINED:
+        raise ValueError(f"untrained: unknown {name!r}, expected one of {', '.join(UNTRAINED)}")
+    network, shape, classes, options = UNTRAINED[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Preconditioned(
+            for_samples(network, shape, classes, options), shape, classes, 0.5, 0.002, 80.0, noise_unit=1.0
+        )
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, which also knows the attention of CPUs."""
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION)
+
+
+class Meter:
+    """Splits what a trainer does into parts. Used as a context: meanwhile it stands in for the functions that do it.
+
+    Attributes:
+        seconds, flops: by (turn, part), since the context was entered; the turn "" is what is outside of turns. FLOPs
+            only with `count`, which is slow: the times are then not to be used.
+    """
+
+    def __init__(self, trainer: Trainer, count: bool = False) -> None:
+        self.trainer = trainer
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self.flops: dict[tuple[str, str], int] = defaultdict(int)
+        self._counter = flop_counter() if count else None
+        self._stack: list[tuple[str, str]] = []
+        self._since, self._counted = 0.0, 0
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> Meter:
+        trainer = self.trainer
+        for module in (trainer.teacher, *trainer.nets.values()):
+            for network in networks(module):
+                for name in ("forward", "trace", "features"):
+                    self._stand_in(network, name, "teacher" if module is trainer.teacher else "forward")
+        for optimizer in trainer.optimizers.values():
+            self._stand_in(optimizer, "step", "optimizer")
+        self._stand_in(trainer, "_backward", "backward")
+        self._stand_in(trainer, "_exchange", "exchange")
+        self._stand_in(trainer.ema, "update", "ema")
+        self._stand_in(trainer, "_play", "rest", turn=lambda index, turn, *_: "+".join(turn.players))
+        self._stand_in(trainer, "advance", "rest")
+        if self._counter is not None:
+            self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(*error)
+        for owner, name, before in reversed(self._replaced):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def _stand_in(self, owner: Any, name: str, part: str, turn: Callable[..., str] | None = None) -> None:
+        inner = getattr(owner, name, None)
+        if inner is None:  # not every network has `trace` and `features`
+            return
+
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            now = turn(*args) if turn is not None else self._stack[-1][0] if self._stack else ""
+            self._mark()
+            self._stack.append((now, part))
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._mark()
+                self._stack.pop()
+
+        self._replaced.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, metered)
+
+    def _mark(self) -> None:
+        """Book what has passed since the last mark on the part that was running."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        counted = self._counter.get_total_flops() if self._counter is not None else 0
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+            self.flops[self._stack[-1]] += counted - self._counted
+        self._since, self._counted = now, counted
+
+
+def networks(module: nn.Module) -> list[nn.Module]:
+    """The networks whose passes are a player's cost: those of its denoisers, or itself if it has none."""
+    found = [m.network for m in module.modules() if isinstance(m, Networked)]
+    return found or [module]
+
+
+class Kept:
+    """Bytes that graphs keep for their backward passes, weights aside: the memory that a batch costs.
+
+    A storage counts once, however many nodes keep it. Used as a context around a step.
+
+    Attributes:
+        peak: the most that was kept at once.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.now, self.peak = trainer, 0, 0
+        weights = (*trainer.nets.parameters(), *trainer.teacher.parameters())
+        self.weights = {p.untyped_storage().data_ptr() for p in weights}
+        self.users: dict[int, int] = {}
+
+    def __enter__(self) -> Kept:
+        keeping = self
+
+        class Hold:
+            """One saved tensor, for as long as a node holds it."""
+
+            def __init__(self, tensor: Tensor) -> None:
+                self.tensor = tensor
+                storage = tensor.untyped_storage()
+                self.key, self.size = storage.data_ptr(), storage.nbytes()
+                if self.key not in keeping.weights:
+                    if keeping.users.get(self.key, 0) == 0:
+                        keeping.now += self.size
+                        keeping.peak = max(keeping.peak, keeping.now)
+                    keeping.users[self.key] = keeping.users.get(self.key, 0) + 1
+
+            def __del__(self) -> None:
+                if self.key in keeping.users:
+                    keeping.users[self.key] -= 1
+                    if keeping.users[self.key] == 0:
+                        keeping.now -= self.size
+                        del keeping.users[self.key]
+
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(Hold, lambda held: held.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+
+def matmul_peak(size: int = 1024, seconds: float = 0.25) -> float:
+    """FLOP/s of the fastest of several float32 matrix products, on this many threads, now."""
+    a, b = torch.randn(2, size, size)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def prepared(
+    recipe: Recipe, teacher: Denoiser | None = None, network: type[nn.Module] | None = None
+) -> tuple[Trainer, Source]:
+    """The trainer of a recipe, and batches like its own: what costs time to prepare, or is no cost of a step, is noise.
+
+    Real samples and pairs are noise of the data's scale; there is no judge, and nothing is written.
+    """
+    real = Real("teacher:1") if recipe.method.needs_real else Real()
+    recipe = dataclasses.replace(recipe, real=real, evaluate=Evaluation())
+    if teacher is not None:
+        recipe = dataclasses.replace(recipe, teacher=f"<{type(teacher).__name__}>")
+    job = run.distillation(recipe, Path(tempfile.gettempdir()) / "limbeck-bench", lambda line: None, teacher, network)
+    noise = job.source
+    assert isinstance(noise, NoiseSource)
+    home = job.trainer.teacher
+    rng = torch.Generator().manual_seed(0)
+    x = home.sigma_data * torch.randn(max(256, home.classes), *noise.shape, generator=rng)
+    pairs = None
+    if hasattr(recipe.method, "pairs"):
+        z = torch.randn(len(x), *noise.latent_shape, generator=rng)
+        cond = torch.eye(home.classes)[torch.arange(len(x)) % home.classes] if home.classes else None
+        pairs = Pairs(z, x, cond)
+    labels = torch.arange(len(x)) % home.classes if home.classes and not home.contexts else None
+    provider = provider_of(x, labels) if recipe.method.needs_real else None
+    return job.trainer, RealSource(noise, provider, pairs)
+
+
+def bench(
+    recipes: Mapping[str, Recipe],
+    teacher: Denoiser | None = None,
+    network: type[nn.Module] | None = None,
+    repeats: int = 5,
+    steps: int = 1,
+    first: int = 10**9,
+) -> dict[str, Any]:
+    """Measure the steps of one or two recipes, in turns.
+
+    Args:
+        recipes: by the name of the setting.
+        teacher: in place of the one that the recipes name.
+        network: the caller's own network class, for a teacher's file whose network is none of Limbeck's.
+        repeats: of each setting.
+        steps: of one repeat.
+        first: images that the method believes were seen: gates of critics are open.
+
+    Returns:
+        For every setting: seconds of a step (median over repeats) by turn and part, images/s, FLOPs per image and in
+        units of one forward pass of the teacher's network, the fraction of the matrix product's peak, MiB that graphs
+        keep; and for two settings the ratios of their times, pair by pair.
+    """
+    sides = {name: prepared(recipe, teacher, network) for name, recipe in recipes.items()}
+    told: dict[str, dict[str, Any]] = {}
+    for name, (trainer, source) in sides.items():  # also the warm-up
+        trainer.images = first
+        with Kept(trainer) as kept, Meter(trainer, count=True) as meter:
+            trainer.advance(source)
+        told[name] = _counts(trainer, recipes[name], meter) | {"graph_mib": round(kept.peak / 2**20, 2)}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
+    peaks = [matmul_peak()]
+    for number in range(repeats):
+        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        for name in order:
+            trainer, source = sides[name]
+            with Meter(trainer) as meter:
+                start = time.perf_counter()
+                for _ in range(steps):
+                    trainer.advance(source)
+            times[name].append((time.perf_counter() - start) / steps)
+            parts[name].append({key: value / steps for key, value in meter.seconds.items()})
+        peaks.append(matmul_peak())
+    peak = statistics.median(peaks)
+    for name, recipe in recipes.items():
+        seconds = statistics.median(times[name])
+        middle = parts[name][times[name].index(statistics.median_low(times[name]))]
+        told[name] |= {
+            "seconds_per_step": seconds,
+            "images_per_second": recipe.batch / seconds,
+            "all_seconds": times[name],
+            "parts": _by_part(middle),
+            "turns": {turn: _by_part({k: v for k, v in middle.items() if k[0] == turn}) for turn, _ in middle},
+            "gflop_per_second": told[name]["flops_per_image"] * recipe.batch / seconds / 1e9,
+            "fraction_of_peak": told[name]["flops_per_image"] * recipe.batch / seconds / peak,
+        }
+    result: dict[str, Any] = {
+        "settings": told,
+        "peak_gflop_per_second": peak / 1e9,
+        "peak_memory_mib": peak_memory_mib(),
+        "note": "absolute times are those of a machine that others may use at the same time; ratios and shares are "
+        "of steps played in turns in one process",
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+    }
+    if len(recipes) == 2:
+        one, two = times.values()
+        ratios = sorted(a / b for a, b in zip(one, two, strict=True))
+        names = list(recipes)
+        result["ratio"] = {
+            "of": f"{names[0]} / {names[1]}",
+            "median": statistics.median(ratios),
+            "low": ratios[0],
+            "high": ratios[-1],
+        }
+    return result
+
+
+def _counts(trainer: Trainer, recipe: Recipe, meter: Meter) -> dict[str, Any]:
+    """FLOPs of the step that was just counted, per image, by turn and part, and in forward passes of the teacher."""
+    forward = flops_of_a_pass(trainer)
+    per_image = {key: value / recipe.batch for key, value in meter.flops.items() if value}
+    turns = dict.fromkeys(turn for turn, _ in per_image)
+    return {
+        "batch": recipe.batch,
+        "flops_per_image": sum(per_image.values()),
+        "flops_of_a_pass": forward,
+        "passes": sum(per_image.values()) / forward if forward else None,
+        "passes_by_turn": {
+            turn: {part: value / forward for (t, part), value in per_image.items() if t == turn} for turn in turns
+        }
+        if forward
+        else {},
+    }
+
+
+def flops_of_a_pass(trainer: Trainer) -> int:
+    """FLOPs of one forward pass of the product's network for one image."""
+    product = trainer.nets[trainer.objective.product]
+    home = next((m for m in product.modules() if isinstance(m, Denoiser)), trainer.teacher)
+    weight = next(home.parameters(), torch.zeros(()))
+    x = torch.zeros(1, *home.shape, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad(), flop_counter() as counter:
+        home(x, torch.ones(1, dtype=x.dtype, device=x.device), x.new_zeros(1, home.classes) if home.classes else None)
+    return int(counter.get_total_flops())
+
+
+def _by_part(seconds: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for (_, part), value in seconds.items():
+        total[part] += value
+    return {part: total[part] for part in PARTS if part in total}
+
+
+@torch.no_grad()
+def sampling(
+    makers: Mapping[str, Callable[[Tensor], Tensor]], latent_shape: tuple[int, ...], batch: int, repeats: int = 5
+) -> dict[str, Any]:
+    """Images/s at `batch` and milliseconds of one image, of several samplers in turns, each as maker(z)."""
+    told: dict[str, dict[str, Any]] = {name: {"batch": batch} for name in makers}
+    for count, key in ((batch, "seconds_of_a_batch"), (1, "seconds_of_one")):
+        z = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(0))
+        times: dict[str, list[float]] = {name: [] for name in makers}
+        for number in range(repeats + 1):
+            for name, maker in makers.items():
+                start = time.perf_counter()
+                maker(z)
+                if number:  # the first one warms up
+                    times[name].append(time.perf_counter() - start)
+        for name in makers:
+            told[name][key] = statistics.median(times[name])
+    for row in told.values():
+        row["images_per_second"] = batch / row["seconds_of_a_batch"]
+        row["ms_at_batch_1"] = 1000 * row["seconds_of_one"]
+    return told
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """A result of `bench` as text."""
+    out = []
+    for name, side in result["settings"].items():
+        total = side["seconds_per_step"]
+        passes = f"{side['passes']:.2f} passes" if side["passes"] else "no network"
+        out.append(
+            f"{name}: {side['images_per_second']:.4g} images/s, {total:.4g} s per step of {side['batch']}, "
+            f"{side['flops_per_image'] / 1e9:.4g} GFLOP per image = {passes}, {side['gflop_per_second']:.4g} GFLOP/s "
+            f"= {side['fraction_of_peak']:.2f} of {result['peak_gflop_per_second']:.4g}, "
+            f"graphs of {side['graph_mib']:g} MiB"
+        )
+        for turn, parts in side["turns"].items():
+            spent = ", ".join(f"{part} {100 * value / total:.1f}%" for part, value in parts.items())
+            out.append(f"  {turn or 'between turns'}: {spent}")
+    if "ratio" in result:
+        r = result["ratio"]
+        out.append(f"time of {r['of']}: {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})")
+    return out
+
+
+def makers_of(generator: Generator, teacher: Denoiser, steps: int = 18) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The generator's one call beside the teacher's 2 * steps - 1 (Heun), without labels."""
+    return {
+        "generator": lambda z: generator(z, None),
+        f"teacher, {2 * steps - 1} NFE": lambda z: heun(teacher, z, steps),
+    }
