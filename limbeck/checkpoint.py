@@ -31,26 +31,36 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
         OSError: e.g. on a full disk; earlier checkpoints are then intact and nothing is left behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"ckpt-{step:09d}"
-    temporary = folder / f".tmp-{os.getpid()}-{final.name}"
+    temporary = folder / f".tmp-{os.getpid()}-{name_of(step)}"
     tensors: dict[str, Tensor] = {}
-    rest = _split(state, "", tensors)
+    rest = parted(state, tensors)
     try:
         for stale in folder.glob(".tmp-*"):  # of a process that was killed while it wrote
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary / "state.safetensors", safetensors.torch.save(tensors))
-        _write(temporary / "state.json", json.dumps(rest).encode())
-        hashes = {name: sha256(temporary / name) for name in ("state.safetensors", "state.json")}
-        _write(temporary / "manifest.json", json.dumps({"step": step, "sha256": hashes}).encode())
-        _sync(temporary)
-        if final.exists():  # left by a run that was resumed from an older checkpoint, because this one was damaged
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        _sync(folder)
+        write(temporary / "state.safetensors", safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))
+        write(temporary / "state.json", json.dumps(rest).encode())
+        return complete(folder, temporary, step, keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"ckpt-{step:09d}"
+
+
+def complete(folder: Path, temporary: Path, step: int, keep: int) -> Path:
+    """Make the files in `temporary` the checkpoint of `step`: a manifest, a rename, and the end of old checkpoints."""
+    final = folder / name_of(step)
+    hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+    write(temporary / "manifest.json", json.dumps({"step": step, "sha256": hashes}).encode())
+    _sync(temporary)
+    if final.exists():  # left by a run that was resumed from an older checkpoint, because this one was damaged
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    _sync(folder)
     checkpoints = _all(folder)
     newest = checkpoints.index(final)
     for other in checkpoints[:newest] + checkpoints[newest + keep :]:
@@ -58,10 +68,13 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     return final
 
 
-def load_newest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
+def load_newest(
+    folder: Path, tell: Callable[[str], None], load: Callable[[Path], dict[str, Any]] | None = None
+) -> dict[str, Any] | None:
     """The state of the newest good checkpoint in `folder`, None if there never was one.
 
     Args:
+        load: reads a checkpoint's folder, if not as `save` writes it.
         tell: receives one line for each damaged checkpoint that is skipped.
 
     Raises:
@@ -70,7 +83,7 @@ def load_newest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | N
     checkpoints = _all(folder)
     for path in checkpoints:
         try:
-            return _load(path)
+            return (load or read)(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             tell(f"{path}: damaged, skipped ({error})")
     if checkpoints:
@@ -87,39 +100,58 @@ def _step(path: Path) -> int:
     return int(path.name[5:])
 
 
-def _load(path: Path) -> dict[str, Any]:
+def verified(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, when every file was compared with the manifest.
+
+    Raises:
+        ValueError: if one is not what it was, or missing.
+    """
     manifest = json.loads((path / "manifest.json").read_text())
-    for name in ("state.safetensors", "state.json"):
-        if sha256(path / name) != manifest["sha256"][name]:
+    for name, known in manifest["sha256"].items():
+        if name != Path(name).name or sha256(path / name) != known:
             raise ValueError(f"{name} does not match its hash")
     if manifest["step"] != _step(path):
         raise ValueError(f"manifest.json is that of step {manifest['step']}")
-    tensors = safetensors.torch.load_file(str(path / "state.safetensors"))
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    for name, tensor in tensors.items():
-        *parents, leaf = name.split(SEPARATOR)
-        place = state
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = tensor
     return state
 
 
-def _split(state: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    state = verified(path)
+    for name, tensor in safetensors.torch.load_file(str(path / "state.safetensors")).items():
+        put(state, name, tensor)
+    return state
+
+
+def put(state: dict[str, Any], name: str, tensor: Tensor) -> None:
+    """Bring a tensor to its place in a nested dictionary."""
+    *parents, leaf = name.split(SEPARATOR)
+    for parent in parents:
+        state = state.setdefault(parent, {})
+    state[leaf] = tensor
+
+
+def parted(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
     """Move the tensors of a nested mapping to `tensors` under their path; what is left is JSON."""
     rest: dict[str, Any] = {}
     for key, value in state.items():
         assert SEPARATOR not in key, key
         if isinstance(value, Tensor):
-            tensors[prefix + key] = value.detach().contiguous().clone()
+            tensors[prefix + key] = value.detach().contiguous()
         elif isinstance(value, Mapping):
-            rest[key] = _split(value, prefix + key + SEPARATOR, tensors)
+            rest[key] = parted(value, tensors, prefix + key + SEPARATOR)
         else:
             rest[key] = value
     return rest
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Write a file to the disk itself."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

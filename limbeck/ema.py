@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from limbeck.distributed import local, whole
+
 
 @dataclass(frozen=True)
 class Average:
@@ -38,22 +40,49 @@ class Average:
 
 
 class EMA:
-    """A copy of `module` whose parameters follow it; buffers are copied."""
+    """A copy of `module` whose parameters follow it; buffers are copied.
+
+    Of a module whose weights are split over processes (`shards.split`) the average is kept in the same pieces.
+
+    Attributes:
+        module: the copy; `whole` brings it up to date if the average is in pieces.
+    """
 
     def __init__(self, module: nn.Module, settings: Average) -> None:
         self.settings = settings
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self._pieces: dict[str, Tensor] | None = None
+
+    def split_as(self, module: nn.Module) -> None:
+        """Keep the average in pieces, as the weights of `module`, of which this is still a copy, are."""
+        self._pieces = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, images: int, batch: int) -> None:
         """One update after a step of `batch` images that followed `images` earlier ones."""
         weight = 1 - self.settings.decay(images, batch)
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine = self.module.parameters() if self._pieces is None else self._pieces.values()
+        torch._foreach_lerp_([local(p) for p in mine], [local(p) for p in module.parameters()], weight)
+        for old, new in zip(self.module.buffers(), module.buffers(), strict=True):
+            old.copy_(new)
+
+    @torch.no_grad()
+    def whole(self) -> nn.Module:
+        """The averaged module. If it is in pieces, all processes must ask for it together."""
+        for name, piece in (self._pieces or {}).items():
+            self.module.get_parameter(name).copy_(whole(piece))
+        return self.module
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
+        return {**self.module.state_dict(), **(self._pieces or {})}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
+        if self._pieces is None:
+            self.module.load_state_dict(state)
+            return
+        for name, piece in self._pieces.items():
+            local(piece).copy_(local(state[name]))
+        for name, buffer in self.module.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])

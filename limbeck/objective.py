@@ -42,6 +42,7 @@ class Batch:
         coin: a second uniform (B,), for choices such as dropped labels.
         direction: a second unit noise (B, *shape), with `real`.
         pairs: latents and what the teacher's ODE makes of them, for methods that regress on them.
+        total: samples of the whole turn, over all micro-batches of all processes; None = of this process's batches.
     """
 
     z: Tensor
@@ -52,6 +53,7 @@ class Batch:
     coin: Tensor | None = None
     direction: Tensor | None = None
     pairs: Pairs | None = None
+    total: int | None = None
 
 
 Loss = Callable[[nn.ModuleDict, Denoiser, Batch], Tensor]

@@ -1,7 +1,7 @@
 """Where batches come from: noise and labels, and data where an objective trains on data.
 
 The source draws the whole *global* batch of a turn from a stream keyed by (seed, step, turn) and then cuts it into
-micro-batches: any number of them sees the same noise.
+micro-batches, of which each process of several takes its share: any number of either sees the same noise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from limbeck.distributed import rank_and_world
 from limbeck.objective import Batch, Pairs
 from limbeck.randomness import stream
 
@@ -134,7 +135,10 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
-    for rows in torch.arange(len(batch.z)).tensor_split(parts):
+    """This process's `parts` of the batch."""
+    rank, world = rank_and_world()
+    for rows in torch.arange(len(batch.z)).tensor_split(parts * world)[rank * parts : (rank + 1) * parts]:
         one = slice(int(rows[0]), int(rows[-1]) + 1)
         tensors = {f.name: v[one] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
-        yield Batch(**tensors, pairs=None if batch.pairs is None else batch.pairs.rows(one))
+        pairs = None if batch.pairs is None else batch.pairs.rows(one)
+        yield Batch(**tensors, pairs=pairs, total=len(batch.z))

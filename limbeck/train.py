@@ -7,7 +7,8 @@ It does not log, evaluate or save, and it knows no method by name:
         losses = trainer.advance(source)
 
 `source(step, turn)` yields the micro-batches of one turn. A turn's gradient is the mean over all their samples, so that
-k micro-batches are one batch.
+k micro-batches are one batch. Under `torchrun` every process plays its own micro-batches, and gradients, losses and
+states are summed before anything is updated: k processes are one batch too, and their weights stay equal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
+from limbeck.distributed import Exchange, local, rank_and_world, total, total_of_all
 from limbeck.ema import EMA, Average
 from limbeck.generator import Generator
 from limbeck.objective import Batch, Objective, State, Turn
@@ -45,6 +47,7 @@ class Trainer:
         clip: largest gradient norm per player; None = no clipping.
         seed: key of dropout and of fresh networks' weights.
         generator: a given generator (GAN refinement) in place of the one that the objective builds.
+        sharded: split the players' weights over the processes; alone, a process keeps them whole.
 
     Attributes:
         step: steps taken.
@@ -63,6 +66,7 @@ class Trainer:
         clip: float | None = None,
         seed: int = 0,
         generator: Generator | None = None,
+        sharded: bool = False,
     ) -> None:
         self.objective, self.seed, self.steps, self.clip = objective, seed, steps, clip
         self.teacher = teacher.eval().requires_grad_(False)
@@ -75,8 +79,16 @@ class Trainer:
             if name not in self.nets:
                 raise ValueError(f"optimizer.{name}: no such player, this method has {', '.join(self.nets)}")
         self.settings = settings
-        self.optimizers = {name: s.build(self.nets[name].parameters()) for name, s in settings.items()}
         self.ema = EMA(self.nets[objective.product], ema or Average())
+        self.sharded = sharded and rank_and_world()[1] > 1
+        if self.sharded:
+            from limbeck import shards  # a fifth of a second that few need
+
+            for net in self.nets.values():
+                shards.split(net)
+            self.ema.split_as(self.nets[objective.product])
+        self.optimizers = {name: s.build(_groups(self.nets[name])) for name, s in settings.items()}
+        self.exchanges = {name: Exchange(self.nets[name].parameters()) for name in settings}
         self.step = self.images = 0
 
     def advance(self, source: Source) -> dict[str, Tensor]:
@@ -108,45 +120,69 @@ class Trainer:
     def _play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
         players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
         micro = list(batches)
-        count = sum(len(batch.z) for batch in micro)
+        own = sum(len(batch.z) for batch in micro)
+        count = micro[0].total or own
+        states = {name: net for name, net in self.nets.items() if isinstance(net, State)}
+        before = {name: [buffer.clone() for buffer in net.buffers()] for name, net in states.items()}
         losses: list[Tensor] = []
         # dropout is the only user of the global generator; it gets a stream of its own and gives the old one back
         with torch.random.fork_rng(devices=[]):
-            for number, batch in enumerate(micro):
+            for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
                 torch.manual_seed(seed_of(self.seed, "dropout", self.step, index, number))
                 each = turn.loss(self.nets, self.teacher, batch)
-                self._backward(each.sum() / count)
+                self._backward(each.sum() / count, turn, last=len(losses) == len(micro) - 1)
                 losses.append(each.detach())
         loss = sum((each.sum() / count for each in losses), micro[0].z.new_zeros(()))
+        loss = self._exchange(turn, loss, states, before)
         norms = {name: _gradient_norm(player) for name, player in players.items()}
         key = "+".join(turn.players)
-        if not all(torch.isfinite(value) for value in (loss, *norms.values())):
+        # one look at the numbers, so that a device is waited for once
+        if not torch.isfinite(torch.stack([loss.double(), *(norm.double() for norm in norms.values())])).all():
             self._rest(players)
             bad = torch.nonzero(~torch.isfinite(torch.cat(losses)))[:, 0].tolist()
-            where = f" (the first bad sample: {bad[0]} of {count})" if bad else ""
+            where = f" (the first bad sample: {bad[0]} of {own})" if bad else ""
             raise NonFinite(
                 f"the turn of {key} at step {self.step} (seed {self.seed}) gave a loss of {loss.item():g}{where} and "
                 f"gradient norms of {', '.join(f'{norm.item():g}' for norm in norms.values())}; "
                 "the update was not applied"
             )
         for name, player in players.items():
-            if self.clip is not None and norms[name] > self.clip:
-                torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).item())
+            if self.clip is not None:
+                torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).clamp(max=1))
             rate = self.settings[name].rate(self.step, self.steps)
             for group in self.optimizers[name].param_groups:
                 group["lr"] = rate
             self.optimizers[name].step()
             told[f"grad_norm/{name}"] = norms[name]
             told[f"lr/{name}"] = torch.tensor(rate)
-        for net in self.nets.values():
-            if isinstance(net, State):
-                net.commit()
+        for state in states.values():
+            state.commit()
         told[f"loss/{key}"] = loss
         self._rest(players)
         return count
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, turn: Turn, last: bool) -> None:
+        if last:
+            for name in turn.players:
+                self.exchanges[name].begin()
         loss.backward()
+
+    def _exchange(
+        self, turn: Turn, loss: Tensor, states: Mapping[str, State], before: Mapping[str, list[Tensor]]
+    ) -> Tensor:
+        """Sum gradients, the loss, and what was added to states over all processes. Returns the loss."""
+        for name in turn.players:
+            self.exchanges[name].finish()
+        if rank_and_world()[1] == 1:
+            return loss
+        buffers = [buffer for net in states.values() for buffer in net.buffers()]
+        olds = [old for name in states for old in before[name]]
+        # infinite values, of which there is no difference, have not changed
+        changes = [torch.where(new == old, 0, new - old) for new, old in zip(buffers, olds, strict=True)]
+        loss, *added = total_of_all([loss, *changes])
+        for buffer, old, more in zip(buffers, olds, added, strict=True):
+            buffer.copy_(old + more)
+        return loss
 
     def _rest(self, players: Mapping[str, nn.Module]) -> None:
         for player in players.values():
@@ -173,15 +209,29 @@ class Trainer:
         self.step, self.images = int(state["step"]), int(state["images"])
 
 
+def _groups(player: nn.Module) -> list[dict[str, Any]]:
+    """The weights as an optimiser's groups: whole ones and split ones are not updated in one call."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for parameter in player.parameters():
+        groups.setdefault(local(parameter) is parameter, []).append(parameter)
+    return [{"params": group} for group in groups.values()]
+
+
 def _gradient_norm(player: nn.Module) -> Tensor:
     for parameter in player.parameters():
         if parameter.grad is None:  # a parameter that the loss did not reach moves as if its gradient were 0
             parameter.grad = torch.zeros_like(parameter)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_gradients(player))))
+    norms = torch.stack(torch._foreach_norm(_gradients(player)))
+    split = [local(p) is not p for p in player.parameters()]
+    if any(split):
+        apart = torch.tensor(split)
+        return (total((norms[apart] ** 2).sum()) + (norms[~apart] ** 2).sum()).sqrt()
+    return torch.linalg.vector_norm(norms)
 
 
 def _gradients(player: nn.Module) -> list[Tensor]:
-    return [p.grad for p in player.parameters() if p.grad is not None]
+    """Gradients of the weights, or pieces of weights, that this process holds."""
+    return [local(p.grad) for p in player.parameters() if p.grad is not None]
 
 
 def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

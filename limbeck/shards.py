@@ -1,0 +1,128 @@
+"""Players whose weights are split over processes, for models that outgrow a device, and checkpoints of them.
+
+Weights, gradients and optimiser states of a network are split by PyTorch's `fully_shard`, block by block: a block is
+whole only while it computes. What is no network (heads, points, states) stays whole on every process.
+
+A checkpoint has a safetensors file for each process, written by torch.distributed.checkpoint with the place of every
+piece, and a manifest of hashes; any number of processes reads it, one alone too. Reading needs no other process and
+unpickles nothing: torch's own format has pickled metadata, its safetensors storage has none. While writing, torch
+lets the processes of the job agree on who writes what by pickled messages; none of that reaches a file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+from limbeck import checkpoint
+from limbeck.denoiser import Networked
+from limbeck.distributed import rank_and_world, wait_for_all
+
+
+def split(module: nn.Module) -> None:
+    """Split the weights of a player's networks over all processes, in place.
+
+    Gradients of the split weights are sums over the processes from then on.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = distributed.init_device_mesh(_device_type(module), (rank_and_world()[1],))
+    for network in [m.network for m in module.modules() if isinstance(m, Networked)]:
+        lists = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+        blocks = [block for each in lists for block in each.children() if any(True for _ in block.parameters())]
+        for part in (*blocks, network):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            cast(FSDPModule, part).set_gradient_divide_factor(1.0)
+            # a sum is a sum in any backend; averages are not
+            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
+        for name in ("trace", "features"):
+            if hasattr(network, name):
+                register_fsdp_forward_method(network, name)
+    # outputs that are views must not be changed in place, which nothing here does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def _device_type(module: nn.Module) -> str:
+    return next(module.parameters(), torch.zeros(())).device.type
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> None:
+    """`checkpoint.save` of a state with split tensors; all processes call it.
+
+    Raises:
+        OSError: e.g. on a full disk; earlier checkpoints are then intact.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    rank, _ = rank_and_world()
+    temporary = folder / f".tmp-{checkpoint.name_of(step)}"
+    tensors: dict[str, Tensor] = {}
+    rest = checkpoint.parted(state, tensors)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp-*"):  # of a job that was killed while it wrote
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+    wait_for_all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()},
+            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+        )
+    if rank == 0:
+        rest["scalars"] = [name for name, tensor in tensors.items() if tensor.ndim == 0]
+        checkpoint.write(temporary / "state.json", json.dumps(rest).encode())
+        checkpoint.complete(folder, temporary, step, keep)
+    wait_for_all()
+
+
+def is_split(path: Path) -> bool:
+    """Is the checkpoint at `path` one of several processes?"""
+    return not (path / "state.safetensors").exists() and any(path.glob("shard-*.safetensors"))
+
+
+def load(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint that `save` wrote, in pieces as this process holds them.
+
+    Args:
+        like: the state of today's job, for the layout of every tensor; what it has not yet is laid out as the weights
+            of the same name and shape.
+
+    Raises:
+        ValueError: if a file is not what the manifest says.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    state = checkpoint.verified(path)
+    scalars = set(state.pop("scalars"))
+    layout: dict[str, Tensor] = {}
+    checkpoint.parted(like, layout)
+    reader = HuggingFaceStorageReader(str(path))
+    wanted: dict[str, Any] = {}
+    for name, found in reader.read_metadata().state_dict_metadata.items():
+        size, dtype = cast(Any, found).size, cast(Any, found).properties.dtype
+        model = layout.get(name)
+        if model is None:  # trainer/optimizers/PLAYER/WEIGHT/MOMENT
+            head, _, _ = name.rpartition(checkpoint.SEPARATOR)
+            model = layout.get(head.replace("/optimizers/", "/nets/"))
+        if isinstance(model, DTensor) and model.shape == size:
+            wanted[name] = torch.zeros_like(model, dtype=dtype)
+        else:
+            wanted[name] = torch.zeros(size, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
+    for name, tensor in wanted.items():
+        checkpoint.put(state, name, tensor.reshape(()) if name in scalars else tensor)
+    return state
