@@ -455,7 +455,9 @@ def _teach(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
+    from limbeck.distributed import rank_and_world
+
+    if as_json and rank_and_world()[0] == 0:
         print(json.dumps(result, indent=1))
 
 

@@ -130,7 +130,8 @@ class Recipe:
             weights; empty = the generator that the method builds from the template.
         steps: length of the run.
         batch: samples of one turn.
-        micro_batches: parts in which a turn's batch is computed, to save memory.
+        micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share.
+        sharded: under torchrun, split the players' weights over the processes, for models that outgrow a device.
         stratified: one u from each of `batch` equal intervals.
         seed: key of everything random in training.
         optimizer: settings by player, over the method's defaults.
@@ -154,6 +155,7 @@ class Recipe:
     steps: int = 5000
     batch: int = 256
     micro_batches: int = 1
+    sharded: bool = False
     stratified: bool = False
     seed: int = 0
     optimizer: dict[str, Optimizer] = field(default_factory=dict)
@@ -190,7 +192,7 @@ class Recipe:
             raise ValueError(f"clip: must be positive and finite, got {self.clip}")
 
 
-FREE = ("steps", "every", "evaluate")  # what may change when a run is continued
+FREE = ("steps", "every", "evaluate", "sharded")  # what may change when a run is continued
 
 
 def read_toml(path: Path) -> dict[str, Any]:

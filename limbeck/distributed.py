@@ -89,7 +89,8 @@ class Exchange:
     """Sums the gradients of parameters over all processes, in buckets that travel while the backward pass goes on.
 
     A bucket leaves when the last of its gradients is complete, and buckets leave in one order, that of the parameters
-    from the last to the first, in which backward passes mostly come to them. Split parameters are left to `shards`. Does nothing in a single process.
+    from the last to the first, in which backward passes mostly come to them. Split parameters are left to `shards`.
+    Does nothing in a single process.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], size: int = BUCKET) -> None:

@@ -2,6 +2,8 @@
 
 A run folder holds recipe.toml (resolved), log.jsonl, checkpoints/, samples/, and at the end the model as safetensors,
 report.json and report.html. The same call again continues where the folder stands; a finished run says so.
+
+Under `torchrun` all processes take the same steps, each on its share of the batch; the first one writes.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -29,6 +33,7 @@ import limbeck
 from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
 from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
+from limbeck.distributed import largest, rank_and_world, wait_for_all
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
@@ -239,9 +244,11 @@ class Preparation:
         warm.out.mkdir(exist_ok=True)
         seconds, _ = _resume(warm, tell)
         seconds, _ = _loop(warm, seconds, None, stop, tell)
-        self.template.load_state_dict(warm.trainer.ema.module.state_dict())
+        self.template.load_state_dict(warm.trainer.ema.whole().state_dict())
         trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
-        shutil.rmtree(warm.out)
+        wait_for_all()
+        if _first():
+            shutil.rmtree(warm.out)
         return trainer, seconds
 
     def _teacher_provider(self, job: Job, count: int, stop: Stop, tell: Tell) -> Provider:
@@ -420,30 +427,42 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: G
     return Trainer(
         recipe.method, teacher, template, recipe.optimizer,
         steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed, generator=generator,
+        sharded=recipe.sharded,
     )  # fmt: skip
 
 
 def check(job: Job) -> None:
     """Raise ValueError for a model that cannot be stored, or a folder that holds something else."""
     artifact.describe(job.trainer.ema.module)
+    world, parts = rank_and_world()[1], job.recipe.micro_batches
+    if job.recipe.batch < world * parts:
+        raise ValueError(
+            f"batch: {job.recipe.batch} samples are too few for {world} processes of micro_batches = {parts}"
+        )
     _check_folder(job.out, config.to_table(job.recipe))
 
 
 def _run(job: Job, tell: Tell) -> dict[str, Any]:
     recipe, out = job.recipe, job.out
     table = config.to_table(recipe)
+    first = _first()
+    if not first:
+        tell = _silent
+    wait_for_all()  # all have looked at the folder before anybody writes to it
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     opinion = None
-    if recipe.teacher is not None:
+    if recipe.teacher is not None and first:
         opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out), _signals() as stop:
+    with _lock(out) if first else contextlib.nullcontext(), _signals() as stop:
         seconds, best = _resume(job, tell)
-        write_atomically(out / "recipe.toml", config.dump_toml(table))
+        report = _finished(job, table)
+        wait_for_all()  # all have read what is there
+        if first:
+            write_atomically(out / "recipe.toml", config.dump_toml(table))
         if opinion is not None:
             write_atomically(out / "doctor.json", opinion)
-        report = _finished(job, table)
         if report is not None:
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
@@ -451,10 +470,21 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
         seconds, best = _loop(job, seconds, best, stop, tell)
-        model = job.trainer.ema.module
+        model = job.trainer.ema.whole()
         facts = {**_facts(job), "seconds": round(seconds, 1)}
-        artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
+        if first:
+            artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
+        wait_for_all()
         return summary.conclude(job, model, seconds, best, tell)
+
+
+def _first() -> bool:
+    """Is this the process that writes?"""
+    return rank_and_world()[0] == 0
+
+
+def _silent(line: str) -> None:
+    """The `tell` of the other processes."""
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -483,7 +513,8 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
     """Play until the last step. Returns the seconds spent, those of earlier sittings included, and the best step."""
     recipe, trainer = job.recipe, job.trainer
     began, first = time.perf_counter() - seconds, trainer.step
-    with summary.progress(recipe, trainer.step) as moved, open(job.out / "log.jsonl", "a", buffering=1) as log:
+    log_file = job.out / "log.jsonl" if _first() else Path(os.devnull)
+    with summary.progress(recipe, trainer.step) as moved, open(log_file, "a", buffering=1) as log:
 
         def write(row: Mapping[str, Any]) -> None:
             spent = round(time.perf_counter() - began, 2)
@@ -491,6 +522,7 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
 
         while trainer.step < recipe.steps:
             told = trainer.advance(job.source)
+            stop.signum = largest(stop.signum)  # a signal may reach processes in different steps
             due = Due(trainer.step, recipe.steps)
             if due(recipe.every.log):
                 write({name: float(value) for name, value in (told | _health(job)).items()})
@@ -537,7 +569,9 @@ def _keep_best(job: Job, best: Best | None, metrics: Mapping[str, float]) -> Bes
     metric = next((name for name in WATCHED if name in metrics), None)
     if metric is None or math.isnan(metrics[metric]) or (best is not None and best.value <= metrics[metric]):
         return best
-    artifact.save(job.best_file, job.product, job.trainer.ema.module, _facts(job))
+    model = job.trainer.ema.whole()
+    if _first():
+        artifact.save(job.best_file, job.product, model, _facts(job))
     return Best(job.trainer.step, metric, metrics[metric])
 
 
@@ -561,14 +595,34 @@ def _save(job: Job, seconds: float, best: Best | None) -> None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    checkpoint.save(job.out / "checkpoints", job.trainer.step, state, job.recipe.keep)
+    folder, step, keep = job.out / "checkpoints", job.trainer.step, job.recipe.keep
+    if job.trainer.sharded:
+        _shards().save(folder, step, state, keep)
+    elif _first():
+        checkpoint.save(folder, step, state, keep)
+
+
+def _shards() -> Any:
+    """Checkpoints in pieces; the module takes a second to import, so only runs that need it do."""
+    from limbeck import shards
+
+    return shards
+
+
+def _load(job: Job, path: Path) -> dict[str, Any]:
+    """The state in a checkpoint of any number of processes."""
+    if job.trainer.sharded or not (path / "state.safetensors").exists():
+        state: dict[str, Any] = _shards().load(path, {"trainer": job.trainer.state_dict()})
+        return state
+    return checkpoint.read(path)
 
 
 def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
     """Bring the trainer to the newest good checkpoint; the seconds that the run has taken so far and its best step."""
-    state = checkpoint.load_newest(job.out / "checkpoints", tell)
+    state = checkpoint.load_newest(job.out / "checkpoints", tell, functools.partial(_load, job))
     if state is None:
-        (job.out / "log.jsonl").unlink(missing_ok=True)
+        if _first():
+            (job.out / "log.jsonl").unlink(missing_ok=True)
         return 0.0, None
     if state["identity"] != job.identity:
         raise ValueError(f"out: {job.out} was begun with another teacher or data set of the same name")
@@ -579,7 +633,8 @@ def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")
     job.trainer.load_state_dict(state["trainer"])
-    _trim_log(job.out / "log.jsonl", job.trainer.step)
+    if _first():
+        _trim_log(job.out / "log.jsonl", job.trainer.step)
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
     return float(state["seconds"]), Best(**state["best"]) if state.get("best") else None
@@ -603,7 +658,10 @@ def _draw(job: Job) -> None:
     """A picture of samples from fixed noise, samples/step-STEP.png."""
     if job.product == "classifier":
         return
-    sampler, _, shape, classes = summary.sampler_of(job.trainer.ema.module, job.recipe.evaluate.teacher_steps)
+    model = job.trainer.ema.whole()
+    if not _first():
+        return
+    sampler, _, shape, classes = summary.sampler_of(model, job.recipe.evaluate.teacher_steps)
     tiny = len(shape) == 1
     drawn = latents(job.recipe.evaluate.seed, range(VALIDATION, VALIDATION + (2000 if tiny else 80)), shape, classes)
     picture = overview(generate(sampler, drawn, classes), 16, 3 * job.trainer.teacher.sigma_data)
@@ -617,7 +675,7 @@ def _watch(job: Job) -> dict[str, float]:
     """Scores on the validation indices and the judge's separate half, from a quarter of the final samples."""
     assert job.judge is not None
     settings = job.recipe.evaluate
-    sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.module, settings.teacher_steps)
+    sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.whole(), settings.teacher_steps)
     count = max(2, settings.samples // 4)
     return measure(
         sampler, nfe, job.judge.watching(), shape, classes, samples=count, seed=settings.seed, first=VALIDATION

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from limbeck import checkpoint
 from limbeck.denoiser import Networked
@@ -92,7 +92,7 @@ def is_split(path: Path) -> bool:
 
 
 def load(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a checkpoint that `save` wrote, in pieces as this process holds them.
+    """The state of a checkpoint, of several processes or of one, in pieces as this process holds them.
 
     Args:
         like: the state of today's job, for the layout of every tensor; what it has not yet is laid out as the weights
@@ -104,25 +104,39 @@ def load(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-    state = checkpoint.verified(path)
-    scalars = set(state.pop("scalars"))
     layout: dict[str, Tensor] = {}
     checkpoint.parted(like, layout)
+    if not is_split(path):
+        state = checkpoint.read(path)
+        tensors: dict[str, Tensor] = {}
+        checkpoint.parted(state, tensors)
+        for name, tensor in tensors.items():
+            model = _model(name, layout)
+            if isinstance(model, DTensor) and model.shape == tensor.shape:
+                # every process has read all of it, and keeps its piece
+                piece = distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+                checkpoint.put(state, name, piece)
+        return state
+    state = checkpoint.verified(path)
+    scalars = set(state.pop("scalars"))
     reader = HuggingFaceStorageReader(str(path))
     wanted: dict[str, Any] = {}
     for name, found in reader.read_metadata().state_dict_metadata.items():
         size, dtype = cast(Any, found).size, cast(Any, found).properties.dtype
-        model = layout.get(name)
-        if model is None:  # trainer/optimizers/PLAYER/WEIGHT/MOMENT
-            head, _, _ = name.rpartition(checkpoint.SEPARATOR)
-            model = layout.get(head.replace("/optimizers/", "/nets/"))
-        if isinstance(model, DTensor) and model.shape == size:
-            wanted[name] = torch.zeros_like(model, dtype=dtype)
-        else:
-            wanted[name] = torch.zeros(size, dtype=dtype)
+        model = _model(name, layout)
+        split = isinstance(model, DTensor) and model.shape == size
+        wanted[name] = torch.zeros_like(cast(Tensor, model), dtype=dtype) if split else torch.zeros(size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(wanted, storage_reader=reader, no_dist=True)
     for name, tensor in wanted.items():
         checkpoint.put(state, name, tensor.reshape(()) if name in scalars else tensor)
     return state
+
+
+def _model(name: str, layout: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor of today's job that is laid out as the one of this name should be."""
+    if name in layout:
+        return layout[name]
+    weight, _, _ = name.rpartition(checkpoint.SEPARATOR)  # .../optimizers/PLAYER/WEIGHT/MOMENT
+    return layout.get(weight.replace("optimizers/", "nets/"))

@@ -14,6 +14,7 @@ import torch
 
 from limbeck import artifact
 from limbeck.denoiser import Denoiser
+from limbeck.distributed import rank_and_world, wait_for_all
 from limbeck.evaluate.draws import generate, latents
 from limbeck.files import write_atomically
 from limbeck.objective import Pairs
@@ -35,8 +36,8 @@ def teacher_pairs(
     """
     key = seed_of(artifact.fingerprint(teacher), seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
-    parts: list[Pairs] = []
-    for start in range(0, count, PART):
+
+    def part(start: int) -> Pairs:
         path = folder / f"{key:016x}-{start:09d}.safetensors"
         asked = latents(seed, range(start, start + PART), teacher.shape, teacher.classes, "teacher")
         cond = None if asked.labels is None else one_hot(asked.labels, teacher.classes)
@@ -44,8 +45,15 @@ def teacher_pairs(
         if x is None or x.shape != asked.z.shape:
             x = generate(lambda z, cond: heun(teacher, z, steps, cond=cond), asked, teacher.classes)
             write_atomically(path, safetensors.torch.save({"x": x}))
-        parts.append(Pairs(asked.z, x, cond))
         drawn(min(count, start + PART))
+        return Pairs(asked.z, x, cond)
+
+    starts, (rank, world) = range(0, count, PART), rank_and_world()
+    if world > 1:  # each process draws a share, and then reads those of the others
+        for start in starts[rank::world]:
+            part(start)
+        wait_for_all()
+    parts = [part(start) for start in starts]
     z, x = torch.cat([p.z for p in parts]), torch.cat([p.x for p in parts])
     conds = [p.cond for p in parts if p.cond is not None]
     return Pairs(z, x, torch.cat(conds) if conds else None).rows(slice(0, count))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from limbeck import artifact, config, data, features, report, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
+from limbeck.distributed import rank_and_world
 from limbeck.evaluate import ExactJudge, Judge, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, latents
 from limbeck.evaluate.judge import bundled_judge, measured_judge, read_judge
@@ -160,6 +161,7 @@ def conclude(
         "images": job.trainer.images,
         "seconds": round(seconds, 1),
         "seed": recipe.seed,
+        "processes": rank_and_world()[1],
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
@@ -178,7 +180,10 @@ def conclude(
         result["student"] = {"metrics": {"held_out_accuracy": held_out_accuracy(model, job.held_out)}}
     elif job.judge is not None:
         result |= compare(job, model, best)
-        panels = [*figures(job, model), *report.history_curves(result)]
+        if rank_and_world()[0] == 0:
+            panels = [*figures(job, model), *report.history_curves(result)]
+    if rank_and_world()[0] != 0:
+        return result
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
     write_atomically(job.out / "report.html", report.render(result, panels, [r for r in rows if "metrics" not in r]))
     for line in table_lines(result):

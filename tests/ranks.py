@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import test_methods
 import torch
+import torch.distributed.checkpoint  # before the audit, which also sees imports
 from torch import Tensor, nn
 
+from limbeck import methods, shards
+from limbeck.denoiser import Preconditioned
 from limbeck.distributed import local, rank_and_world, whole
 from limbeck.ema import Average
+from limbeck.exact import Gaussian
+from limbeck.game import Game
+from limbeck.networks import DiT
+from limbeck.source import NoiseSource
 from limbeck.train import Trainer
 
 STEPS = 3
@@ -25,9 +34,7 @@ def played(name: str, sharded: bool, parts: int = 1, dropout: float = 0.0) -> di
     torch.set_default_dtype(torch.float64)
     try:
         template = test_methods.template(law, dropout)
-        made = Trainer(
-            method, law, template, steps=6, ema=Average(half_life=50), seed=3, sharded=sharded, clip=1e3
-        )
+        made = Trainer(method, law, template, steps=6, ema=Average(half_life=50), seed=3, sharded=sharded, clip=1e3)
     finally:
         torch.set_default_dtype(before)
     assert all(local(p) is not p for n in ("fake",) if sharded and n in made.nets for p in made.nets[n].parameters())
@@ -51,16 +58,65 @@ def weights(module: nn.Module, name: str) -> dict[str, Tensor]:
     return {f"{name}.{key}": whole(value).double().clone() for key, value in module.state_dict().items()}
 
 
+def unet_trainer(sharded: bool) -> tuple[Trainer, NoiseSource]:
+    """A game whose network has weights that do not split evenly: (1, tokens, width), and 3 rows."""
+    torch.manual_seed(0)
+    network = DiT(shape=[3, 4, 4], classes=0, patch=2, width=10, depth=1, heads=2).double()
+    template = Preconditioned(network, (3, 4, 4), 0, 0.5, 0.002, 80.0)
+    teacher = Gaussian(torch.zeros(3, 4, 4, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
+    game = Game(settle=2)
+    made = Trainer(methods.METHODS["sid"](game=game), teacher, template, steps=9, seed=1, sharded=sharded)
+    return made, NoiseSource((3, 4, 4), (3, 4, 4), 6, 0, dtype=torch.float64)
+
+
+def advanced(made: Trainer, source: NoiseSource, steps: int) -> dict[str, Tensor]:
+    for _ in range(steps):
+        made.advance(source)
+    return weights(made.nets, "nets") | weights(made.ema.whole(), "ema")
+
+
+def save_and_resume(folder: Path) -> dict[str, Tensor]:
+    """Go on from the checkpoint of one process in `folder`/one, and leave one of several in `folder`/several."""
+    made, source = unet_trainer(sharded=True)
+    made.load_state_dict(shards.load(folder / "one" / "ckpt-000000002", made.state_dict()))
+    told = advanced(made, source, 2)
+    shards.save(folder / "several", made.step, made.state_dict(), keep=1)
+    again, source = unet_trainer(sharded=True)
+    with nothing_unpickled():
+        state = shards.load(folder / "several" / "ckpt-000000004", again.state_dict())
+    again.load_state_dict(state)
+    return told | {f"later {key}": value for key, value in advanced(again, source, 2).items()}
+
+
+@contextlib.contextmanager
+def nothing_unpickled() -> Iterator[None]:
+    """Fail if anything looks up a class for a pickle, compiles code or starts a program meanwhile."""
+    seen: list[str] = []
+    on = True
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if on and event in ("pickle.find_class", "marshal.loads", "os.system", "subprocess.Popen"):
+            seen.append(event)
+
+    sys.addaudithook(hook)
+    yield
+    on = False
+    assert not seen, seen
+
+
 def main() -> None:
     torch.set_num_threads(1)
     rank, _ = rank_and_world()
+    folder = Path(sys.argv[1])
+    resumed = save_and_resume(folder)
     told = {}
     for name in test_methods.CASES:
         for sharded in (False, True):
             for key, value in played(name, sharded).items():
                 told[f"{name}|{sharded}|{key}"] = value
     if rank == 0:
-        safetensors.torch.save_file(told, Path(sys.argv[1]) / "played.safetensors")
+        safetensors.torch.save_file(told, folder / "played.safetensors")
+        safetensors.torch.save_file(resumed, folder / "resumed.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Several processes are one batch, with players whole and split; runs and checkpoints of them (gloo, two processes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import safetensors.torch
+import test_methods
+import torch
+from torch import Tensor
+
+from limbeck import checkpoint, shards
+
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have done what tests/ranks.py says, from a checkpoint of one."""
+    folder = tmp_path_factory.mktemp("two")
+    made, source = ranks.unet_trainer(sharded=False)
+    ranks.advanced(made, source, 2)
+    checkpoint.save(folder / "one", 2, made.state_dict(), keep=1)
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, str(Path(ranks.__file__)), str(folder)],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def played(two: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(two / "played.safetensors")
+
+
+@pytest.mark.parametrize("name", test_methods.CASES)
+def test_two_processes_are_one_batch(name: str, played: dict[str, Tensor]) -> None:
+    """Gradients, norms, losses, weights and averages; whole players and split ones."""
+    one = ranks.played(name, sharded=False)
+    for sharded in (False, True):
+        prefix = f"{name}|{sharded}|"
+        both = {key.removeprefix(prefix): value for key, value in played.items() if key.startswith(prefix)}
+        assert both.keys() == one.keys() and any(value.abs().max() > 1e-3 for value in both.values())
+        for key, value in one.items():
+            assert torch.allclose(both[key], value, rtol=1e-10, atol=1e-10), (key, sharded)
+
+
+def test_checkpoints_move_between_numbers_of_processes(two: Path) -> None:
+    """One process, then two with split players, then two again and one again: the run of one process alone."""
+    told = safetensors.torch.load_file(two / "resumed.safetensors")
+    alone, source = ranks.unet_trainer(sharded=False)
+    after4 = ranks.advanced(alone, source, 4)
+    after6 = ranks.advanced(alone, source, 2)
+    path = two / "several" / "ckpt-000000004"
+    assert shards.is_split(path) and not shards.is_split(two / "one" / "ckpt-000000002")
+    assert len(list(path.glob("*.safetensors"))) == 2
+    resumed, source = ranks.unet_trainer(sharded=False)
+    with ranks.nothing_unpickled():
+        state = checkpoint.load_newest(two / "several", print, lambda p: shards.load(p, resumed.state_dict()))
+    assert state is not None
+    resumed.load_state_dict(state)
+    later = ranks.advanced(resumed, source, 2)
+    for key, value in after4.items():
+        assert torch.allclose(told[key], value, rtol=1e-9, atol=1e-10, equal_nan=True), key
+    for key, value in after6.items():
+        assert torch.allclose(told[f"later {key}"], value, rtol=1e-9, atol=1e-10), key
+        assert torch.allclose(later[key], value, rtol=1e-9, atol=1e-10), key
+
+
+def test_a_killed_process_ends_the_job_and_the_command_goes_on(tmp_path: Path) -> None:
+    """One of two processes with split players is killed. The job ends; the same command goes on, one process too."""
+    out = tmp_path / "run"
+    keys = (
+        "--method diff_instruct --batch 16 --sharded true --template.network mlp --template.width 16 "
+        "--template.depth 1 --warm_start 20 --every.log 0 --every.sample 0 --every.save 20 --evaluate.samples 200 "
+        "--evaluate.teacher_steps 4 --threads 1 --keep 1"
+    )
+    command = ["-m", "limbeck", "distill", "exact:ring8", *keys.split(), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIMBECK_TIMEOUT": "20"}
+    job = subprocess.Popen(
+        [sys.executable, *LAUNCH, *command, "--steps", "100000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not list((out / "checkpoints").glob("ckpt-*")) and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, error = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - killed < 40, error[-2000:]
+    (left,) = (out / "checkpoints").glob("ckpt-*")
+    step = int(left.name[5:])
+    assert shards.is_split(left)
+    recipe = (out / "recipe.toml").read_text().replace("steps = 100000", f"steps = {step}")
+    (out / "recipe.toml").write_text(recipe)  # a run can grow, not shrink
+    again = [sys.executable, *LAUNCH, *command, "--json", "--steps", str(step + 20)]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"continuing at step {step}" in done.stderr
+    report = json.loads(done.stdout)
+    assert report["steps"] == step + 20 and report["processes"] == 2 and "mmd" in report["student"]["metrics"]
+    alone = subprocess.run(
+        [sys.executable, *command, "--json", "--steps", str(step + 40)],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    assert f"continuing at step {step + 20}" in alone.stderr
+    assert json.loads(alone.stdout)["processes"] == 1
+
+
+def test_the_audit_sees_pickles() -> None:
+    content = pickle.dumps(Path("x"))
+    with pytest.raises(AssertionError, match="find_class"), ranks.nothing_unpickled():
+        pickle.loads(content)
+
+
+def test_a_damaged_piece_is_refused(two: Path) -> None:
+    path = two / "several" / "ckpt-000000004"
+    piece = sorted(path.glob("*.safetensors"))[1]
+    content = piece.read_bytes()
+    made, _ = ranks.unet_trainer(sharded=False)
+    try:
+        piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match="does not match its hash"):
+            shards.load(path, made.state_dict())
+    finally:
+        piece.write_bytes(content)
