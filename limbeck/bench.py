@@ -48,7 +48,7 @@ PARTS = ("teacher", "forward", "backward", "exchange", "optimizer", "ema", "rest
 
 # networks of EDM's published teachers, with fresh weights: (network, shape, classes, arguments)
 UNTRAINED: dict[str, tuple[str, tuple[int, ...], int, dict[str, Any]]] = {
-    "cifar10": ("songunet", (3, 32, 32), 0, {"dropout": 0.13, "augment_dim": 9}),
+    "cifar10": ("songunet", (3, 32, 32), 0, {"channel_mult": (2, 2, 2), "dropout": 0.13, "augment_dim": 9}),
     "imagenet64": ("adm", (3, 64, 64), 1000, {}),
 }
 

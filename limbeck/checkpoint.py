@@ -38,8 +38,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
         for stale in folder.glob(".tmp-*"):  # of a process that was killed while it wrote
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
-        write(temporary / "state.safetensors", safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))
-        write(temporary / "state.json", json.dumps(rest).encode())
+        _write(temporary / "state.safetensors", safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))
+        _write(temporary / "state.json", json.dumps(rest).encode())
         return complete(folder, temporary, step, keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,7 +55,7 @@ def complete(folder: Path, temporary: Path, step: int, keep: int) -> Path:
     """Make the files in `temporary` the checkpoint of `step`: a manifest, a rename, and the end of old checkpoints."""
     final = folder / name_of(step)
     hashes = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-    write(temporary / "manifest.json", json.dumps({"step": step, "sha256": hashes}).encode())
+    _write(temporary / "manifest.json", json.dumps({"step": step, "sha256": hashes}).encode())
     _sync(temporary)
     if final.exists():  # left by a run that was resumed from an older checkpoint, because this one was damaged
         shutil.rmtree(final)
@@ -107,6 +107,9 @@ def verified(path: Path) -> dict[str, Any]:
         ValueError: if one is not what it was, or missing.
     """
     manifest = json.loads((path / "manifest.json").read_text())
+    held = {file.name for file in path.iterdir()} - {"manifest.json"}
+    if "state.json" not in held or not held <= manifest["sha256"].keys():
+        raise ValueError("manifest.json does not tell of every file")
     for name, known in manifest["sha256"].items():
         if name != Path(name).name or sha256(path / name) != known:
             raise ValueError(f"{name} does not match its hash")
@@ -150,8 +153,7 @@ def parted(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "
     return rest
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file to the disk itself."""
+def _write(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

@@ -427,7 +427,7 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: G
     return Trainer(
         recipe.method, teacher, template, recipe.optimizer,
         steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed, generator=generator,
-        sharded=recipe.sharded,
+        split=_shards().split if recipe.sharded and rank_and_world()[1] > 1 else None,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from limbeck import checkpoint
 from limbeck.denoiser import Networked
 from limbeck.distributed import rank_and_world, wait_for_all
+from limbeck.files import write_atomically
 
 
 def split(module: nn.Module) -> None:
@@ -81,7 +82,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> None:
         )
     if rank == 0:
         rest["scalars"] = [name for name, tensor in tensors.items() if tensor.ndim == 0]
-        checkpoint.write(temporary / "state.json", json.dumps(rest).encode())
+        write_atomically(temporary / "state.json", json.dumps(rest))
         checkpoint.complete(folder, temporary, step, keep)
     wait_for_all()
 

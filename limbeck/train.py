@@ -47,9 +47,10 @@ class Trainer:
         clip: largest gradient norm per player; None = no clipping.
         seed: key of dropout and of fresh networks' weights.
         generator: a given generator (GAN refinement) in place of the one that the objective builds.
-        sharded: split the players' weights over the processes; alone, a process keeps them whole.
+        split: splits a player's weights over the processes (`shards.split`); None = each holds all of them.
 
     Attributes:
+        sharded: whether the players' weights are split.
         step: steps taken.
         images: samples of the product's turns so far; of a step in which it rests, those of the last turn.
     """
@@ -66,7 +67,7 @@ class Trainer:
         clip: float | None = None,
         seed: int = 0,
         generator: Generator | None = None,
-        sharded: bool = False,
+        split: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.objective, self.seed, self.steps, self.clip = objective, seed, steps, clip
         self.teacher = teacher.eval().requires_grad_(False)
@@ -80,12 +81,10 @@ class Trainer:
                 raise ValueError(f"optimizer.{name}: no such player, this method has {', '.join(self.nets)}")
         self.settings = settings
         self.ema = EMA(self.nets[objective.product], ema or Average())
-        self.sharded = sharded and rank_and_world()[1] > 1
-        if self.sharded:
-            from limbeck import shards  # a fifth of a second that few need
-
+        self.sharded = split is not None
+        if split is not None:
             for net in self.nets.values():
-                shards.split(net)
+                split(net)
             self.ema.split_as(self.nets[objective.product])
         self.optimizers = {name: s.build(_groups(self.nets[name])) for name, s in settings.items()}
         self.exchanges = {name: Exchange(self.nets[name].parameters()) for name in settings}

@@ -34,7 +34,16 @@ def played(name: str, sharded: bool, parts: int = 1, dropout: float = 0.0) -> di
     torch.set_default_dtype(torch.float64)
     try:
         template = test_methods.template(law, dropout)
-        made = Trainer(method, law, template, steps=6, ema=Average(half_life=50), seed=3, sharded=sharded, clip=1e3)
+        made = Trainer(
+            method,
+            law,
+            template,
+            steps=6,
+            ema=Average(half_life=50),
+            seed=3,
+            split=shards.split if sharded else None,
+            clip=1e3,
+        )
     finally:
         torch.set_default_dtype(before)
     assert all(local(p) is not p for n in ("fake",) if sharded and n in made.nets for p in made.nets[n].parameters())
@@ -64,8 +73,8 @@ def unet_trainer(sharded: bool) -> tuple[Trainer, NoiseSource]:
     network = DiT(shape=[3, 4, 4], classes=0, patch=2, width=10, depth=1, heads=2).double()
     template = Preconditioned(network, (3, 4, 4), 0, 0.5, 0.002, 80.0)
     teacher = Gaussian(torch.zeros(3, 4, 4, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
-    game = Game(settle=2)
-    made = Trainer(methods.METHODS["sid"](game=game), teacher, template, steps=9, seed=1, sharded=sharded)
+    game, split = Game(settle=2), shards.split if sharded else None
+    made = Trainer(methods.METHODS["sid"](game=game), teacher, template, steps=9, seed=1, split=split)
     return made, NoiseSource((3, 4, 4), (3, 4, 4), 6, 0, dtype=torch.float64)
 
 

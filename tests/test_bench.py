@@ -117,7 +117,7 @@ def test_two_settings_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str
         # the parts are the whole
         middle = sorted(side["all_seconds"])[1]
         assert sum(side["parts"].values()) == pytest.approx(middle, rel=0.05)
-        assert set(side["parts"]) == {"teacher", "forward", "backward", "optimizer", "ema", "rest"}
+        assert set(side["parts"]) == set(bench.PARTS)
         assert min(side["parts"].values()) > 0
     assert 0 < one["fraction_of_peak"] < 1
 
@@ -146,3 +146,12 @@ def test_mistakes(arguments: str, message: str, capsys: pytest.CaptureFixture[st
     assert cli.main(["bench", *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_untrained_networks_are_those_of_edm() -> None:
+    """EDM's CIFAR-10 network: its weights, and its 21.19 billion multiplications for an image."""
+    denoiser = bench.untrained("cifar10")
+    assert sum(p.numel() for p in denoiser.parameters()) == 55_733_891
+    with torch.no_grad(), bench.flop_counter() as counter:
+        denoiser(torch.zeros(1, 3, 32, 32), torch.ones(1))
+    assert counter.get_total_flops() == pytest.approx(2 * 21.19e9, rel=1e-3)

@@ -135,5 +135,10 @@ def test_a_damaged_piece_is_refused(two: Path) -> None:
         piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ValueError, match="does not match its hash"):
             shards.load(path, made.state_dict())
+        piece.write_bytes(content)
+        (path / "shard-00003-model-00001-of-00001.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="does not tell of every file"):
+            shards.load(path, made.state_dict())
     finally:
+        (path / "shard-00003-model-00001-of-00001.safetensors").unlink(missing_ok=True)
         piece.write_bytes(content)

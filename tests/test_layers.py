@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "schedule": (),
     "randomness": (),
     "optimizer": (),
-    "ema": (),
+    "distributed": (),
+    "ema": ("distributed",),
     "files": (),
     "denoiser": ("schedule",),
     "losses": ("denoiser",),
@@ -24,9 +25,9 @@ MAY_IMPORT = {
     "exact": ("denoiser",),
     "generator": ("denoiser", "noise"),
     "objective": ("denoiser", "generator", "optimizer"),
-    "source": ("objective", "randomness"),
+    "source": ("distributed", "objective", "randomness"),
     "networks": ("networks",),
-    "train": ("denoiser", "ema", "generator", "objective", "optimizer", "randomness"),
+    "train": ("denoiser", "distributed", "ema", "generator", "objective", "optimizer", "randomness"),
 }
 # what the shells around the mathematics are: no method may know of them
 SHELL = (
@@ -37,6 +38,7 @@ SHELL = (
     "summary",
     "report",
     "checkpoint",
+    "shards",
     "teachers",
     "evaluate",
     "teaching",

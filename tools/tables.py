@@ -4,6 +4,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     results   a file of results/
     ledger    where a method's paper, code and file differ, from its module's docstring
     fields    a method's settings, from its class
+    cost      a part of results/cost.json
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import Any
 from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|ledger|fields):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|ledger|fields|cost):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
@@ -98,6 +99,36 @@ def fields(method: str) -> str:
     return "\n".join([line(["key", "default", "what"]), line(["---"] * 3), *rows, ""])
 
 
+def cost(part: str) -> str:
+    """The Markdown tables of what `tools/cost.py` measured."""
+    path = ROOT / "results" / "cost.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    told = json.loads(path.read_text())
+    if part == "other":
+        one = told["optimizer"]
+        rows = [line(["sampler", "batch", "images/s", "ms for one image"]), line(["---"] * 4)]
+        for network, makers in told["sampling"].items():
+            for name, row in makers.items():
+                cells = [f"{network}: {name}", row["batch"], row["images_per_second"], row["ms_at_batch_1"]]
+                rows.append(line([cell(c) for c in cells]))
+        return f"Adam, foreach / fused: {one['ratio']:.1f} times the time.\n\n" + "\n".join(rows) + "\n"
+    keys = ("teacher", "forward", "backward", "optimizer", "ema", "rest")
+    head = ["method", "batch", "images/s", "GFLOP per image", "passes", "share of peak", "graphs, MiB"]
+    rows = [line([*head, *(f"{key}, %" for key in keys)]), line(["---"] * (len(head) + len(keys)))]
+    for name, side in told[part].items():
+        numbers = (
+            side["batch"], side["images_per_second"], side["flops_per_image"] / 1e9, side["passes"],
+            side["fraction_of_peak"], side["graph_mib"],
+        )  # fmt: skip
+        shares = (f"{100 * side['parts'].get(key, 0) / side['seconds_per_step']:.1f}" for key in keys)
+        rows.append(line([name, *(cell(n) for n in numbers), *shares]))
+    where = told["machine"]
+    commit = f"commit {told['commit'][:9]}{'+' if told['commit'].endswith('+') else ''}"
+    versions = f"torch {told['versions']['torch']}"
+    return "\n".join([*rows, "", f"*{commit}, {versions}, {where['processor']}, {where['threads']} threads.*", ""])
+
+
 def shown(value: Any) -> str:
     """A default as one writes it in a recipe: of a table only what is not its own default."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
@@ -123,7 +154,7 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-KINDS = {"results": table, "ledger": ledger, "fields": fields}
+KINDS = {"results": table, "ledger": ledger, "fields": fields, "cost": cost}
 
 
 if __name__ == "__main__":
