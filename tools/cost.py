@@ -1,4 +1,5 @@
-"""Measure what "What it costs" tells: `python tools/cost.py` writes results/cost.json, in about a quarter of an hour.
+"""Measure what "What it costs" tells: `python tools/cost.py` writes results/cost.json, in about a quarter of an hour;
+`python tools/cost.py PART ...` only some of its parts.
 
 Two threads, one process, one thing at a time; what is compared is played in turns.
 """
@@ -79,21 +80,30 @@ def samplers(teacher: Any, batch: int, repeats: int) -> dict[str, Any]:
         return bench.sampling(makers, generator.latent_shape, batch, repeats)
 
 
+def sampling() -> dict[str, Any]:
+    full = bench.untrained("cifar10").eval().requires_grad_(False)
+    return {"digits": samplers(teachers.load("digits"), 64, 9), "cifar10": samplers(full, 4, 1)}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "optimizer": optimizers,
+    "sampling": sampling,
+    "digits": lambda: steps("digits", 128, 7, 20),
+    "cifar10": lambda: steps("<untrained>", 8, 3, 1, "cifar10"),
+}
+
+
 def main() -> int:
     torch.set_num_threads(2)
-    full = bench.untrained("cifar10").eval().requires_grad_(False)
-    result = {
-        "optimizer": optimizers(),
-        "sampling": {
-            "digits": samplers(teachers.load("digits"), 64, 9),
-            "cifar10": samplers(full, 4, 1),
-        },
-        "digits": steps("digits", 128, 7, 20),
-        "cifar10": steps("<untrained>", 8, 1, 1, "cifar10"),
-        "note": "absolute times are those of a machine that others may use at the same time; cifar10: one step each",
+    path = ROOT / "results" / "cost.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    for part in sys.argv[1:] or PARTS:
+        told[part] = PARTS[part]()
+    told |= {
+        "note": "absolute times are those of a machine that others may use at the same time",
         "versions": versions(), "machine": machine(), "commit": commit(),
     }  # fmt: skip
-    write_atomically(ROOT / "results" / "cost.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(path, json.dumps(told, indent=1) + "\n")
     return 0
 
 
