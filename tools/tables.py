@@ -114,12 +114,21 @@ def cost(part: str) -> str:
                 rows.append(line([cell(c) for c in cells]))
         return f"Adam, foreach / fused: {one['ratio']:.1f} times the time.\n\n" + "\n".join(rows) + "\n"
     keys = ("teacher", "forward", "backward", "optimizer", "ema", "rest")
-    head = ["method", "batch", "images/s", "GFLOP per image", "passes", "share of peak", "graphs, MiB"]
+    head = [
+        "method",
+        "batch",
+        "images/s",
+        "GFLOP per image",
+        "passes",
+        "share of peak",
+        "s per step, all",
+        "graphs, MiB",
+    ]
     rows = [line([*head, *(f"{key}, %" for key in keys)]), line(["---"] * (len(head) + len(keys)))]
     for name, side in told[part].items():
         numbers = (
             side["batch"], side["images_per_second"], side["flops_per_image"] / 1e9, side["passes"],
-            side["fraction_of_peak"], side["graph_mib"],
+            side["fraction_of_peak"], " to ".join(f"{f(side['all_seconds']):.3g}" for f in (min, max)), side["graph_mib"],
         )  # fmt: skip
         shares = (f"{100 * side['parts'].get(key, 0) / side['seconds_per_step']:.1f}" for key in keys)
         rows.append(line([name, *(cell(n) for n in numbers), *shares]))
