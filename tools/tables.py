@@ -126,9 +126,10 @@ def cost(part: str) -> str:
     ]
     rows = [line([*head, *(f"{key}, %" for key in keys)]), line(["---"] * (len(head) + len(keys)))]
     for name, side in told[part].items():
+        spread = " to ".join(f"{end(side['all_seconds']):.3g}" for end in (min, max))
         numbers = (
             side["batch"], side["images_per_second"], side["flops_per_image"] / 1e9, side["passes"],
-            side["fraction_of_peak"], " to ".join(f"{f(side['all_seconds']):.3g}" for f in (min, max)), side["graph_mib"],
+            side["fraction_of_peak"], spread, side["graph_mib"],
         )  # fmt: skip
         shares = (f"{100 * side['parts'].get(key, 0) / side['seconds_per_step']:.1f}" for key in keys)
         rows.append(line([name, *(cell(n) for n in numbers), *shares]))
