@@ -67,8 +67,8 @@ class Evaluation:
         data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law
             that a learned teacher learned.
         reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
-        features: feature network of `data` or `reference`: a bundled name, a classifier's file, a TorchScript file
-            (.pt, a program: named on the command line or in Python only) or, in Python, a module.
+        features: feature network of `data` or `reference`: a bundled name, "pixels", a classifier's file, a TorchScript
+            file (.pt, a program: named on the command line or in Python only) or, in Python, a module.
         quantize: score images as 8-bit values.
         mmd_scale: length in whose units the kernels of `mmd` have their widths; None = the exact law's sigma_data.
     """

@@ -76,7 +76,7 @@ def _judge(
         return _judge(settings.data, dataclasses.replace(settings, data=None), target, size, shapes)
     if settings.reference is not None or settings.data is not None:
         if settings.features is None:
-            raise ValueError("evaluate.features: a reference needs a feature network")
+            raise ValueError("evaluate.features: a reference needs a feature network (pixels is one)")
         if settings.reference is not None:
             return read_judge(Path(settings.reference), settings.features, settings.quantize)
         samples = data.load(settings.data or "", size)
