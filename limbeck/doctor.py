@@ -191,7 +191,7 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
             top = _largest_finite(teacher, law, seed=0)
             if top < law.sigma_max:
                 raise ValueError(f"teacher: NaN or Inf above sigma {top:.3g}")
-            tell(f"teacher: {pace:.2g} s a call, looked at for NaN and Inf only; `limbeck doctor` takes its time for more")
+            tell(f"teacher: {pace:.2g} s a call, looked at for NaN and Inf only; for more: `limbeck doctor TEACHER`")
             return json.dumps({"teacher": key, "levels": []}, indent=1) + "\n"
     table = examine(teacher, QUICK).table()
     for finding in table["findings"]:
