@@ -70,7 +70,8 @@ def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dty
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
         for name, t in module.state_dict().items()
     }
-    write_atomically(path, safetensors.torch.save(tensors, {"limbeck": json.dumps(card, sort_keys=True)}))
+    text = json.dumps(card, sort_keys=True)
+    write_atomically(path, safetensors.torch.save(tensors, {"limbeck": text, "sha256": _digest(text, tensors)}))
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one of Limbeck's, or is newer than this version.
     """
-    text = _metadata(path)
+    text = _metadata(path).get("limbeck")
     if text is None:
         raise ValueError(
             f"{path}: a safetensors file without Limbeck's card in its metadata, and no "
@@ -117,16 +118,15 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def is_carded(path: str | os.PathLike[str]) -> bool:
     """Does a safetensors file carry Limbeck's card?"""
-    return _metadata(path) is not None
+    return "limbeck" in _metadata(path)
 
 
-def _metadata(path: str | os.PathLike[str]) -> str | None:
+def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            text: str | None = (file.metadata() or {}).get("limbeck")
+            return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    return text
 
 
 def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | None = None) -> Any:
@@ -141,7 +141,28 @@ def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | Non
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    return rebuild(path, kind, card.get("card"), read_tensors(path), network)
+    tensors = read_tensors(path)
+    check(path, tensors)
+    return rebuild(path, kind, card.get("card"), tensors, network)
+
+
+def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a file's card or `tensors` are not those that were stored. Files of others bring no hash."""
+    metadata = _metadata(path)
+    if not metadata.keys() <= {"limbeck", "sha256", "format"}:
+        raise ValueError(f"{path}: damaged, its metadata have an unknown entry")
+    if "sha256" in metadata and metadata["sha256"] != _digest(metadata.get("limbeck", ""), tensors):
+        raise ValueError(f"{path}: damaged, it does not match its hash")
+
+
+def is_whole(path: Path) -> bool:
+    """Is this a file of Limbeck's, as it was stored?"""
+    try:
+        read_card(path)
+        check(path, read_tensors(path))
+    except ValueError:
+        return False
+    return True
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -205,8 +226,12 @@ def load_generator(path: str | os.PathLike[str], network: type[nn.Module] | None
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over a module's class and form, and the names, shapes and values of its tensors."""
-    digest = hashlib.sha256(f"{type(module).__name__}{getattr(module, 'form', '')}".encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    return _digest(f"{type(module).__name__}{getattr(module, 'form', '')}", module.state_dict())
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

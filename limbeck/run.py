@@ -6,33 +6,29 @@ report.json and report.html. The same call again continues where the folder stan
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import json
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
+from limbeck import artifact, checkpoint, config, data, doctor, folder, methods, networks, summary, teachers
 from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.files import check_folder, write_atomically
+from limbeck.folder import Stop, Stopped, Tell
 from limbeck.generator import Direct, Generator
 from limbeck.machine import versions
 from limbeck.noise import Karras
@@ -44,17 +40,7 @@ from limbeck.stock import teacher_pairs
 from limbeck.teaching import Imitation
 from limbeck.train import Source, Trainer
 
-Tell = Callable[[str], None]
-
 WATCHED = ("fd_feature", "mmd")  # the distance by which a run's best step is chosen
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved. `code` is the exit code: 130 for Ctrl-C, 143 for SIGTERM."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped at step {step}, saved; the same command continues")
-        self.code = 128 + signum
 
 
 @dataclass(frozen=True)
@@ -209,8 +195,8 @@ class Preparation:
         method, provider = job.recipe.method, self.provider
         began = time.perf_counter()
         if method.needs_real and provider is None:
-            provider = self._teacher_provider(job, int(job.recipe.real.source.partition(":")[2]), stop, tell)
-        pairs = self._pairs(job, method.pairs, stop, tell) if hasattr(method, "pairs") else None
+            provider = self._teacher_provider(job, int(job.recipe.real.source.partition(":")[2]), tell)
+        pairs = self._pairs(job, method.pairs, tell) if hasattr(method, "pairs") else None
         if provider is not None or pairs is not None:
             job = replace(job, source=RealSource(self.noise, provider, pairs))
         seconds = time.perf_counter() - began
@@ -225,7 +211,7 @@ class Preparation:
         recipe, teacher = job.recipe, self.teacher
         steps = recipe.warm_start
         tell(f"fitting the student's network to the teacher: {steps:,} steps")
-        provider = _exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, stop, tell)
+        provider = _exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, tell)
         imitation = Imitation()
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
         every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
@@ -244,8 +230,8 @@ class Preparation:
         shutil.rmtree(warm.out)
         return trainer, seconds
 
-    def _teacher_provider(self, job: Job, count: int, stop: Stop, tell: Tell) -> Provider:
-        pairs = self._pairs(job, count, stop, tell)
+    def _teacher_provider(self, job: Job, count: int, tell: Tell) -> Provider:
+        pairs = self._pairs(job, count, tell)
         if pairs.cond is None:
             return provider_of(pairs.x, None)
         missing = torch.nonzero(pairs.cond.sum(0) == 0)[:, 0].tolist()
@@ -253,14 +239,12 @@ class Preparation:
             raise ValueError(f"real.source: teacher:{count} holds no sample of class {missing[0]}; ask for more")
         return provider_of(pairs.x, pairs.cond.argmax(1))
 
-    def _pairs(self, job: Job, count: int, stop: Stop, tell: Tell) -> Pairs:
+    def _pairs(self, job: Job, count: int, tell: Tell) -> Pairs:
         steps = job.recipe.evaluate.teacher_steps
 
         def drawn(done: int) -> None:
             if done == count or done % 5000 == 0:
                 tell(f"{done:,} of {count:,} teacher samples, {2 * steps - 1} network calls each")
-            if stop.signum:
-                raise Stopped(stop.signum, 0)
 
         return teacher_pairs(self.teacher, count, job.recipe.seed, steps, job.out / "teacher-samples", drawn)
 
@@ -438,15 +422,20 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     if recipe.teacher is not None:
         opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out), _signals() as stop:
+    with folder.lock(out), folder.signals() as stop:
+        broken = folder.damaged(out)
+        for name in broken:
+            tell(f"{out / name}: damaged or missing; made again")
         seconds, best = _resume(job, tell)
+        stop.step = job.trainer.step
         write_atomically(out / "recipe.toml", config.dump_toml(table))
         if opinion is not None:
             write_atomically(out / "doctor.json", opinion)
-        report = _finished(job, table)
+        report = None if broken else _finished(job, table)
         if report is not None:
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
+        (out / folder.MANIFEST).unlink(missing_ok=True)
         if job.prepare is not None:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
@@ -454,7 +443,9 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
         model = job.trainer.ema.module
         facts = {**_facts(job), "seconds": round(seconds, 1)}
         artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
-        return summary.conclude(job, model, seconds, best, tell)
+        report = summary.conclude(job, model, seconds, best, tell)
+        folder.seal(out)
+        return report
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -469,7 +460,7 @@ def _facts(job: Job) -> dict[str, Any]:
 
 def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of this run as it is asked for; None if there is anything left to train, store or score."""
-    if job.trainer.step < job.recipe.steps or not (job.out / f"{job.product}.safetensors").is_file():
+    if job.trainer.step < job.recipe.steps or not (job.out / folder.MANIFEST).is_file():
         return None
     try:
         report: dict[str, Any] = json.loads((job.out / "report.json").read_text())
@@ -483,31 +474,54 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
     """Play until the last step. Returns the seconds spent, those of earlier sittings included, and the best step."""
     recipe, trainer = job.recipe, job.trainer
     began, first = time.perf_counter() - seconds, trainer.step
-    with summary.progress(recipe, trainer.step) as moved, open(job.out / "log.jsonl", "a", buffering=1) as log:
+    path = job.out / "log.jsonl"
+    with (
+        summary.progress(recipe, trainer.step) as moved,
+        open(path, "a", buffering=1) as log,
+        stop.waiting(True),
+    ):
 
         def write(row: Mapping[str, Any]) -> None:
             spent = round(time.perf_counter() - began, 2)
             log.write(json.dumps({"step": trainer.step, "images": trainer.images, "seconds": spent, **row}) + "\n")
 
+        def watch() -> Best | None:
+            """The best step, this one included. A signal cuts the evaluation short: it is made on resuming."""
+            try:
+                with stop.waiting(False):
+                    metrics = _watch(job)
+            except Stopped:
+                return best
+            write({"metrics": metrics})
+            return _keep_best(job, best, metrics)
+
+        watched = Due(first, recipe.steps)(recipe.every.evaluate) and job.judge is not None
+        if first and watched and not _was_watched(path, first):
+            best = watch()
         while trainer.step < recipe.steps:
             told = trainer.advance(job.source)
+            stop.step = trainer.step
             due = Due(trainer.step, recipe.steps)
             if due(recipe.every.log):
                 write({name: float(value) for name, value in (told | _health(job)).items()})
             if due(recipe.every.sample):
                 _draw(job)
             if due(recipe.every.evaluate) and job.judge is not None:
-                metrics = _watch(job)
-                write({"metrics": metrics})
-                best = _keep_best(job, best, metrics)
+                best = watch()
             if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
-                _save(job, time.perf_counter() - began, best)
+                _save(job, time.perf_counter() - began, best, log)
             moved(trainer.step, told)
-            if stop.signum and trainer.step < recipe.steps:
+            if stop.signum:
                 raise Stopped(stop.signum, trainer.step)
     if trainer.step > first:
         tell(f"{trainer.step - first:,} steps in {time.perf_counter() - began - seconds:.0f} s")
     return time.perf_counter() - began, best
+
+
+def _was_watched(log: Path, step: int) -> bool:
+    """Are the scores of this step in the log?"""
+    rows = log.read_text().splitlines()
+    return any('"metrics"' in row for row in rows if folder.step_of(row) == step)
 
 
 HEALTH = 2**20  # the turn under which batches are drawn that nobody is trained on
@@ -552,11 +566,12 @@ class Due:
         return every > 0 and (self.step % every == 0 or self.step == self.last)
 
 
-def _save(job: Job, seconds: float, best: Best | None) -> None:
+def _save(job: Job, seconds: float, best: Best | None, log: IO[str]) -> None:
     state = {
         "trainer": job.trainer.state_dict(),
         "seconds": seconds,
         "best": dataclasses.asdict(best) if best else None,
+        "log": folder.mark(log),
         "identity": job.identity,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -579,24 +594,14 @@ def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")
     job.trainer.load_state_dict(state["trainer"])
-    _trim_log(job.out / "log.jsonl", job.trainer.step)
+    folder.cut_log(job.out / "log.jsonl", job.trainer.step, state.get("log"), tell)
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
-    return float(state["seconds"]), Best(**state["best"]) if state.get("best") else None
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop rows behind the checkpoint, and a last row that a crash cut short: these steps are played again."""
-    if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        write_atomically(path, "".join(row + "\n" for row in rows))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    best = Best(**state["best"]) if state.get("best") else None
+    if best is not None and best.step < job.trainer.step and not artifact.is_whole(job.best_file):
+        tell(f"{job.best_file}: damaged or missing; the best of the coming steps takes its place")
+        best = None
+    return float(state["seconds"]), best
 
 
 def _draw(job: Job) -> None:
@@ -640,6 +645,8 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
     if "method" in old and not any((out / "checkpoints").glob("ckpt-*")):
         return  # nothing was made by the old settings
     changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]
+    if changed and path.name in folder.damaged(out):
+        raise ValueError(f"{path}: damaged ({', '.join(changed)}); the model's file holds the recipe too")
     if changed:
         raise ValueError(f"out: {out} holds a run with other settings ({', '.join(changed)}); choose another folder")
     if table["steps"] < old["steps"]:
@@ -653,43 +660,6 @@ def _resolved(table: dict[str, Any]) -> dict[str, Any]:
         return config.to_table(config.resolve(table, known))
     except ValueError:
         return table
-
-
-class Stop:
-    """Which signal has asked the run to stop, 0 for none."""
-
-    signum = 0
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum == signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the end of the step
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM end the run after the current step. Other threads than the main one cannot set handlers."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder. The lock ends with the process, however it ends."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: {out} is in use by another run") from None
-        yield
 
 
 def _class_of(value: object) -> str:
