@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, doctor, folder, methods, networks, summary, teachers
+from limbeck import artifact, checkpoint, config, data, doctor, folder, health, methods, networks, summary, teachers
 from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
+from limbeck.features import Classifier
 from limbeck.files import check_folder, write_atomically
 from limbeck.folder import Stop, Stopped, Tell
 from limbeck.generator import Direct, Generator
+from limbeck.health import Monitor
 from limbeck.machine import versions
 from limbeck.noise import Karras
 from limbeck.objective import Pairs
@@ -38,7 +40,7 @@ from limbeck.randomness import seed_of
 from limbeck.source import DataSource, NoiseSource, Provider, RealSource, provider_of
 from limbeck.stock import teacher_pairs
 from limbeck.teaching import Imitation
-from limbeck.train import Source, Trainer
+from limbeck.train import NonFinite, Source, Trainer
 
 WATCHED = ("fd_feature", "mmd")  # the distance by which a run's best step is chosen
 
@@ -223,8 +225,8 @@ class Preparation:
             RealSource(noise, provider), job.identity, "denoiser", None,
         )  # fmt: skip
         warm.out.mkdir(exist_ok=True)
-        seconds, _ = _resume(warm, tell)
-        seconds, _ = _loop(warm, seconds, None, stop, tell)
+        seconds, _, monitor = _resume(warm, tell)
+        seconds, _ = _loop(warm, seconds, None, monitor, stop, tell)
         self.template.load_state_dict(warm.trainer.ema.module.state_dict())
         trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
         shutil.rmtree(warm.out)
@@ -279,6 +281,11 @@ def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module] | None = None) -> dict[str, Any]:
     """`teach` for a resolved recipe."""
+    return _run(teaching(recipe, out, network), tell)
+
+
+def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) -> Job:
+    """The job of a recipe, checked as far as it can be before anything is written."""
     if recipe.teacher is not None:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
     if recipe.generator:
@@ -309,7 +316,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module]
     identity, product = samples.fingerprint(), recipe.method.product
     job = Job(recipe, out, trainer, source, identity, product, judge, network=network, held_out=held_out)
     check(job)
-    return _run(job, tell)
+    return job
 
 
 def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | None = None) -> Denoiser:
@@ -426,20 +433,21 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
         broken = folder.damaged(out)
         for name in broken:
             tell(f"{out / name}: damaged or missing; made again")
-        seconds, best = _resume(job, tell)
+        seconds, best, monitor = _resume(job, tell)
         stop.step = job.trainer.step
         write_atomically(out / "recipe.toml", config.dump_toml(table))
         if opinion is not None:
             write_atomically(out / "doctor.json", opinion)
         report = None if broken else _finished(job, table)
         if report is not None:
+            folder.seal(out)  # the recipe's free keys may be others now
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
         (out / folder.MANIFEST).unlink(missing_ok=True)
         if job.prepare is not None:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
-        seconds, best = _loop(job, seconds, best, stop, tell)
+        seconds, best = _loop(job, seconds, best, monitor, stop, tell)
         model = job.trainer.ema.module
         facts = {**_facts(job), "seconds": round(seconds, 1)}
         artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
@@ -470,11 +478,35 @@ def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
     return report if same else None
 
 
-def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -> tuple[float, Best | None]:
+def _loop(
+    job: Job, seconds: float, best: Best | None, monitor: Monitor, stop: Stop, tell: Tell
+) -> tuple[float, Best | None]:
+    """Play until the last step, going back where the recipe says so. Returns as `_sitting`."""
+    policy, returns = job.recipe.health, 0
+    while True:
+        try:
+            return _sitting(job, seconds, best, monitor, stop, tell)
+        except NonFinite as error:
+            kept, returns = _dump(job, error), returns + 1
+            if policy.nonfinite == "stop" or returns > policy.rollbacks:
+                hint = f"; `limbeck replay {job.out}` says where" if kept else ""
+                raise NonFinite(f"{error}{hint}", error.turn, error.losses) from None
+            tell(f"warning: {error}")
+        factor = policy.shrink * job.trainer.rate_factor
+        seconds, best, monitor = _resume(job, tell)
+        job.trainer.rate_factor = factor
+        tell(f"back at step {job.trainer.step:,}, with learning rates times {factor:g}")
+
+
+def _sitting(
+    job: Job, seconds: float, best: Best | None, monitor: Monitor, stop: Stop, tell: Tell
+) -> tuple[float, Best | None]:
     """Play until the last step. Returns the seconds spent, those of earlier sittings included, and the best step."""
     recipe, trainer = job.recipe, job.trainer
     began, first = time.perf_counter() - seconds, trainer.step
     path = job.out / "log.jsonl"
+    looks: health.Looks | None = None
+    monitored = recipe.teacher is not None and job.product == "generator"
     with (
         summary.progress(recipe, trainer.step) as moved,
         open(path, "a", buffering=1) as log,
@@ -495,9 +527,14 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
             write({"metrics": metrics})
             return _keep_best(job, best, metrics)
 
+        def save() -> None:
+            _save(job, time.perf_counter() - began, best, log, monitor)
+
         watched = Due(first, recipe.steps)(recipe.every.evaluate) and job.judge is not None
         if first and watched and not _was_watched(path, first):
             best = watch()
+        if first == 0 and recipe.health.nonfinite == "rollback":
+            save()  # where to go back to
         while trainer.step < recipe.steps:
             told = trainer.advance(job.source)
             stop.step = trainer.step
@@ -508,8 +545,14 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
                 _draw(job)
             if due(recipe.every.evaluate) and job.judge is not None:
                 best = watch()
+            if due(recipe.health.every) and monitored:
+                looks = looks or _looks(job)
+                for name in monitor.add(looks.look(recipe.method, trainer.nets, trainer.teacher)):
+                    rule = health.RULES[name]
+                    tell(f"warning: step {trainer.step}: {name}: {rule.meaning}; {rule.advice}")
+                    write({"warning": name})
             if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
-                _save(job, time.perf_counter() - began, best, log)
+                save()
             moved(trainer.step, told)
             if stop.signum:
                 raise Stopped(stop.signum, trainer.step)
@@ -518,12 +561,41 @@ def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -
     return time.perf_counter() - began, best
 
 
+def _looks(job: Job) -> health.Looks:
+    """What the monitors look at."""
+    network = getattr(job.judge, "network", None)
+    classifier = network if isinstance(network, Classifier) else None
+    return health.Looks.of(job.source, job.trainer.teacher, job.recipe.evaluate.teacher_steps, classifier)
+
+
+def _dump(job: Job, error: NonFinite) -> bool:
+    """Keep the turn that went wrong, for `limbeck replay`: weights before it, and its batches. Could it be kept?"""
+    if not (job.out / "recipe.toml").is_file():  # a student's warm start
+        return False
+    batches = {}
+    for number, batch in enumerate(job.source(job.trainer.step, error.turn)):
+        tensors = {f.name: v for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+        if batch.pairs is not None:
+            tensors |= {f"pairs.{name}": v for name, v in batch.pairs._asdict().items() if v is not None}
+        batches[str(number)] = tensors
+    state = {
+        "trainer": job.trainer.state_dict(), "turn": error.turn, "losses": error.losses, "batches": batches,
+        "identity": job.identity, "threads": torch.get_num_threads(), "versions": versions(),
+    }  # fmt: skip
+    try:
+        checkpoint.save(job.out / NONFINITE, job.trainer.step, state, keep=1)
+    except OSError:  # a full disk is not what stops this run
+        return False
+    return True
+
+
 def _was_watched(log: Path, step: int) -> bool:
     """Are the scores of this step in the log?"""
     rows = log.read_text().splitlines()
     return any('"metrics"' in row for row in rows if folder.step_of(row) == step)
 
 
+NONFINITE = "nonfinite"  # the folder of a step to replay
 HEALTH = 2**20  # the turn under which batches are drawn that nobody is trained on
 
 
@@ -566,12 +638,14 @@ class Due:
         return every > 0 and (self.step % every == 0 or self.step == self.last)
 
 
-def _save(job: Job, seconds: float, best: Best | None, log: IO[str]) -> None:
+def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Monitor) -> None:
     state = {
         "trainer": job.trainer.state_dict(),
         "seconds": seconds,
         "best": dataclasses.asdict(best) if best else None,
         "log": folder.mark(log),
+        "monitor": monitor.state(),
+        "micro_batches": job.recipe.micro_batches,
         "identity": job.identity,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -579,17 +653,18 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str]) -> None:
     checkpoint.save(job.out / "checkpoints", job.trainer.step, state, job.recipe.keep)
 
 
-def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
-    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken so far and its best step."""
+def _resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
+    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken, its best step and health."""
     state = checkpoint.load_newest(job.out / "checkpoints", tell)
     if state is None:
         (job.out / "log.jsonl").unlink(missing_ok=True)
-        return 0.0, None
+        return 0.0, None, Monitor()
     if state["identity"] != job.identity:
         raise ValueError(f"out: {job.out} was begun with another teacher or data set of the same name")
     for name, was, now in (
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),
+        ("micro_batches", state.get("micro_batches", job.recipe.micro_batches), job.recipe.micro_batches),
     ):
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")
@@ -601,7 +676,7 @@ def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
     if best is not None and best.step < job.trainer.step and not artifact.is_whole(job.best_file):
         tell(f"{job.best_file}: damaged or missing; the best of the coming steps takes its place")
         best = None
-    return float(state["seconds"]), best
+    return float(state["seconds"]), best, Monitor.of(state["monitor"]) if "monitor" in state else Monitor()
 
 
 def _draw(job: Job) -> None:

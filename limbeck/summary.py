@@ -163,6 +163,7 @@ def conclude(
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
+        "warnings": [row for row in rows if "warning" in row],
         "hashes": {
             "teacher" if recipe.teacher else "data": job.identity,
             job.product: artifact.fingerprint(model),
@@ -180,7 +181,10 @@ def conclude(
         result |= compare(job, model, best)
         panels = [*figures(job, model), *report.history_curves(result)]
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
-    write_atomically(job.out / "report.html", report.render(result, panels, [r for r in rows if "metrics" not in r]))
+    write_atomically(
+        job.out / "report.html",
+        report.render(result, panels, [r for r in rows if not {"metrics", "warning"} & r.keys()]),
+    )
     for line in table_lines(result):
         tell(line)
     tell(f"report: {job.out / 'report.html'}")

@@ -560,7 +560,6 @@ def test_micro_batches_are_one_batch(tmp_path: Path, distill: Any, weights: Any)
         ({"method": {"name": "pid", "levels": {"sigma_max": 40}}}, "method.levels.sigma_max"),
         ({"batch": 9}, "batch"),
         ({"seed": 1}, "seed"),
-        ({"micro_batches": 2}, "micro_batches"),
         ({"clip": 1.0}, "clip"),
         ({"keep": 3}, "keep"),
         ({"optimizer": {"generator": {"lr": 1e-5}}}, "optimizer.generator.lr"),
@@ -575,6 +574,38 @@ def test_a_changed_recipe_is_refused(whole: Path, distill: Any, keys: dict[str, 
         distill(whole, **keys)
     assert f"({named})" in str(caught.value)
     assert snapshot(whole) == before
+
+
+def test_micro_batches_may_change_and_that_is_told(tmp_path: Path, distill: Any, weights: Any, whole: Path) -> None:
+    keys = {"template": {"network": "mlp", "width": 8, "depth": 1}}
+    distill(tmp_path / "whole", **keys)
+    with pytest.MonkeyPatch.context() as patched:
+        at_step(patched, 3, kill_self(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            distill(tmp_path / "r", **keys)
+    told = Told()
+    distill(tmp_path / "r", micro_batches=4, tell=told, **keys)
+    assert [line for line in told if "micro_batches" in line] == [
+        "micro_batches: 1 before, 4 now; results will not be bit-equal to an uninterrupted run"
+    ]
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "r")[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["threads", "versions"])
+def test_other_threads_or_versions_are_told(tmp_path: Path, distill: Any, name: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        at_step(patched, 3, kill_self(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            distill(tmp_path / "r")
+    told = Told()
+    with pytest.MonkeyPatch.context() as patched:
+        if name == "threads":
+            patched.setattr(torch, "get_num_threads", lambda: 5)
+        else:
+            patched.setattr(run, "versions", lambda: {"torch": "9"})
+        distill(tmp_path / "r", tell=told)
+    assert sum(line.startswith(f"{name}: ") and "not be bit-equal" in line for line in told) == 1
 
 
 def test_fewer_steps_are_refused(whole: Path, distill: Any) -> None:
