@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # two OpenMP pools on two cores slow each other down: tests run with one thread each
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint accept docs assets web-runtime clean
+.PHONY: demo test lint accept faults docs assets web-runtime clean
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(BIN)/limbeck distill recipes/digits-pid.toml --out runs/demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.test
 accept: $(VENV)/.test
 	$(BIN)/python tools/accept.py
 	$(BIN)/python tools/tables.py
+
+# kills, full disks, damage, hostile and malformed input: two to four minutes
+faults: $(VENV)/.test
+	$(BIN)/python tools/faults.py
 
 docs: $(VENV)/.test
 	$(BIN)/python tools/tables.py

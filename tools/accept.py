@@ -16,9 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 from torch import nn
 
+from limbeck import methods
 from limbeck.compare import compare
 from limbeck.data import Data
 from limbeck.evaluate import ImageJudge, Reference, measure
@@ -113,6 +115,25 @@ def evaluated(samples: int, width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def survived() -> dict[str, Any]:
+    """The long form of `make faults`: what a run, its files and its user's input may meet without harm."""
+    rows = {row.fault: row for row in faults.play(faults.SIZES["long"], list(faults.FAULTS), print)}
+    killed = sum(row.injected for name, row in rows.items() if name.startswith("kill"))
+    damaged, malformed = (rows[name].injected for name in ("damaged files", "malformed input"))
+    bad = {name: sum(getattr(row, name) for row in rows.values()) for name in ("wrong", "tracebacks", "executed")}
+    lost = max(row.lost for row in rows.values())
+    return {
+        **faults.summary(list(rows.values())),
+        "checks": [
+            (f"{killed} kills >= 200, over {len(methods.METHODS)} methods", killed >= 200),
+            (f"{damaged} corruptions >= 500", damaged >= 500),
+            (f"{malformed:,} malformed inputs >= 5,000", malformed >= 5000),
+            (f"{lost} steps lost at most <= {faults.SAVE}, the save interval", lost <= faults.SAVE),
+            *((f"{name}: {count}", count == 0) for name, count in bad.items()),
+        ],
+    }
+
+
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-ring8": lambda: compared("pid-ring8", ring8),
     "score-ring8": lambda: compared("score-ring8", ring8),
@@ -121,6 +142,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-trend-ring8": lambda: compared("pid-trend-ring8", trend),
     "pid-trend-digits": lambda: compared("pid-trend-digits", trend),
     "evaluation-memory": evaluation_memory,
+    "faults": survived,
 }
 
 

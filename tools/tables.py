@@ -4,6 +4,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     results   a file of results/
     ledger    where a method's paper, code and file differ, from its module's docstring
     fields    a method's settings, from its class
+    faults    what `make faults` or `make accept` injected, and what became of it
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import Any
 from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|ledger|fields):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|ledger|fields|faults):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
@@ -47,11 +48,6 @@ def table(name: str) -> str:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
     seeds, images = rows[0]["seeds"], rows[0]["images"]
     facts = {"seeds": f"{seeds} seed{'s' if seeds > 1 else ''}", "images": f"{images:,} images"}
-    where = result["machine"]
-    known = result["commit"] or "unknown"
-    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
-    torch = f"torch {result['versions']['torch']}"
-    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [
             f"{', '.join([result['metric'], *(facts[key] for key in ('seeds', 'images') if key in hidden)])}:",
@@ -60,10 +56,18 @@ def table(name: str) -> str:
             line(["---"] * len(keys)),
             *(line([cell(row.get(key)) for key in keys]) for row in rows),
             "",
-            f"*{', '.join((commit, torch, where['processor'], threads))}.*",
+            f"*{origin(result)}.*",
             "",
         ]
     )
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Where a result was measured."""
+    where, known = result["machine"], result["commit"] or "unknown"
+    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    return ", ".join((commit, f"torch {result['versions']['torch']}", where["processor"], threads))
 
 
 def ledger(method: str) -> str:
@@ -123,7 +127,22 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-KINDS = {"results": table, "ledger": ledger, "fields": fields}
+def injected(name: str) -> str:
+    """The Markdown table of results/NAME.json as tools/faults.py writes it."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
+    heads = {
+        "fault": "fault", "injected": "injected", "continued": "runs that went on", "lost": "steps lost at most",
+        "wrong": "wrong results", "tracebacks": "tracebacks", "executed": "code executed",
+    }  # fmt: skip
+    rows = [line([cell(row[key]) for key in heads]) for row in result["rows"]]
+    where = f"{result['methods']} methods, a checkpoint every {result['save_interval']} steps, {origin(result)}"
+    return "\n".join([line(list(heads.values())), line(["---"] * len(heads)), *rows, "", f"*{where}.*", ""])
+
+
+KINDS = {"results": table, "ledger": ledger, "fields": fields, "faults": injected}
 
 
 if __name__ == "__main__":
