@@ -21,7 +21,20 @@ import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, doctor, folder, health, methods, networks, summary, teachers
+from limbeck import (
+    artifact,
+    checkpoint,
+    config,
+    data,
+    doctor,
+    folder,
+    health,
+    methods,
+    networks,
+    resources,
+    summary,
+    teachers,
+)
 from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.evaluate import VALIDATION, Judge, measure
@@ -428,8 +441,12 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     opinion = None
     if recipe.teacher is not None:
         opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
+    needs = None
+    if not (out / folder.MANIFEST).is_file():
+        needs = resources.measure(job.trainer, job.source)
+        resources.check(needs, recipe.batch, recipe.micro_batches, recipe.keep, out)
     out.mkdir(parents=True, exist_ok=True)
-    with folder.lock(out), folder.signals() as stop:
+    with folder.lock(out), folder.signals() as stop, resources.explained(needs, recipe.batch):
         broken = folder.damaged(out)
         for name in broken:
             tell(f"{out / name}: damaged or missing; made again")
@@ -444,6 +461,8 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
         (out / folder.MANIFEST).unlink(missing_ok=True)
+        if needs is not None and job.trainer.step == 0:
+            tell(needs.line(recipe.batch, recipe.micro_batches, recipe.keep))
         if job.prepare is not None:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
@@ -554,6 +573,10 @@ def _sitting(
             if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
                 save()
             moved(trainer.step, told)
+            if trainer.step == first + TIMED:
+                left = (time.perf_counter() - began - seconds) / TIMED * (recipe.steps - trainer.step)
+                if left > 60:
+                    tell(f"about {resources.duration(left)} to go")
             if stop.signum:
                 raise Stopped(stop.signum, trainer.step)
     if trainer.step > first:
@@ -595,6 +618,7 @@ def _was_watched(log: Path, step: int) -> bool:
     return any('"metrics"' in row for row in rows if folder.step_of(row) == step)
 
 
+TIMED = 20  # steps after which the rest is estimated
 NONFINITE = "nonfinite"  # the folder of a step to replay
 HEALTH = 2**20  # the turn under which batches are drawn that nobody is trained on
 

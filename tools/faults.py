@@ -138,9 +138,9 @@ class Child:
         return bool(told)
 
 
-def start(out: Path, method: str, spoil: Callable[[], None] = lambda: None) -> Child:
-    """Fork a child that distils ring8 by `method` in `out`; `spoil` runs in it before."""
-    output, (ours, theirs) = out.with_suffix(".txt"), os.pipe()
+def start(out: Path, method: str, spoil: Callable[[], None] = lambda: None, said: Path | None = None) -> Child:
+    """Fork a child that distils ring8 by `method` in `out` and speaks to `said`; `spoil` runs in it before."""
+    output, (ours, theirs) = said or out.with_suffix(".txt"), os.pipe()
     pid = os.fork()
     if pid:
         os.close(theirs)
@@ -341,7 +341,7 @@ def disks(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
         row.continued += 1
         if ending(out) != wanted:
             row.blame(f"{out.name} ends otherwise")
-    _small_disk(row, folder, wanted, 3 * largest)
+    _small_disk(row, folder, wanted, 20 * largest)
 
 
 def ending_of(path: Path) -> int:
@@ -354,24 +354,37 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def fill_at(step: int, filler: Path) -> None:
+    """Let something else take the rest of the disk in the middle of a run."""
+    real = Trainer.advance
+
+    def advance(self: Trainer, source: Any) -> Any:
+        if self.step == step:
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while file.write(bytes(1024)):
+                    pass
+        return real(self, source)
+
+    Trainer.advance = advance  # type: ignore[method-assign]
+
+
 def _small_disk(row: Row, folder: Path, wanted: str, size: int) -> None:
     place = folder / "small"
     place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)], capture_output=True
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         row.notes.append("no small file system: mounting is not allowed here")
         return
     try:
-        child = start(place / "r", "pid")
-        code, told = child.end(), child.output.read_text() if child.output.is_file() else ""
+        child = start(place / "r", "pid", partial(fill_at, 4, place / "filler"), folder / "small.txt")
+        code, told = child.end(), child.output.read_text()
         row.injected, row.tracebacks = row.injected + 1, row.tracebacks + ("Traceback" in told)
         skipped: list[str] = []
         checkpoint.load_newest(place / "r" / "checkpoints", skipped.append)
         if code != 1 or skipped:
             row.blame(f"small disk: exit code {code}, {told[-200:]}")
-        subprocess.run(["mount", "-o", f"remount,size={100 * size}", str(place)], check=True, capture_output=True)
-        assert start(place / "r", "pid").end() == 0
+        (place / "filler").unlink()
+        assert start(place / "r", "pid", said=folder / "small.txt").end() == 0
         row.continued += 1
         if ending(place / "r") != wanted:
             row.blame("small disk: ends otherwise")
