@@ -58,6 +58,10 @@ class Needs:
         saving = self.moments + self.save + KEPT * (train - self.moments)
         return self.resident + round(max(KERNELS + SLACK * train, saving))
 
+    def large(self, batch: int, micro_batches: int) -> bool:
+        """More than anybody would call nothing: a gigabyte of memory or disk."""
+        return max(self.memory(batch, micro_batches), self.checkpoint) > GIB
+
     def line(self, batch: int, micro_batches: int, keep: int) -> str:
         """For people."""
         memory, disk = self.memory(batch, micro_batches) / GIB, keep * self.checkpoint / 1e6

@@ -461,7 +461,7 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
         (out / folder.MANIFEST).unlink(missing_ok=True)
-        if needs is not None and job.trainer.step == 0:
+        if needs is not None and job.trainer.step == 0 and needs.large(recipe.batch, recipe.micro_batches):
             tell(needs.line(recipe.batch, recipe.micro_batches, recipe.keep))
         if job.prepare is not None:
             job, spent = job.prepare(job, stop, tell)

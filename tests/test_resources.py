@@ -110,10 +110,13 @@ def test_other_errors_pass(tmp_path: Path) -> None:
         raise RuntimeError("shape mismatch")
 
 
-def test_a_fresh_run_says_what_it_needs(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_a_large_run_says_what_it_needs(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    limbeck.distill("exact:ring8", out=tmp_path / "r", tell=told.append, **tiny)
-    assert sum("GiB of memory, and" in line for line in told) == 1
+    limbeck.distill("exact:ring8", out=tmp_path / "small", tell=told.append, **tiny)
+    assert not any("GiB" in line for line in told)
+    monkeypatch.setattr(resources, "measure", lambda trainer, source: NEEDS)
+    limbeck.distill("exact:ring8", out=tmp_path / "large", tell=told.append, **tiny)
+    assert "needs about 1.7 GiB of memory, and 2.0 MB of disk for checkpoints" in told
 
 
 def test_free_memory_is_known_here() -> None:
