@@ -5,6 +5,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     ledger    where a method's paper, code and file differ, from its module's docstring
     fields    a method's settings, from its class
     faults    what `make faults` or `make accept` injected, and what became of it
+    cost      what a run's safety takes of its time
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from typing import Any
 from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|ledger|fields|faults):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|ledger|fields|faults|cost):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
@@ -142,7 +143,17 @@ def injected(name: str) -> str:
     return "\n".join([line(list(heads.values())), line(["---"] * len(heads)), *rows, "", f"*{where}.*", ""])
 
 
-KINDS = {"results": table, "ledger": ledger, "fields": fields, "faults": injected}
+def cost(name: str) -> str:
+    """A sentence on results/NAME.json as tools/accept.py writes it."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
+    parts = ", ".join(f"{what} {100 * s / result['seconds']:.2f}%" for what, s in result["spent"].items())
+    return f"Of the demo's processor time: {100 * result['share']:.2f}% ({parts}).\n\n*{origin(result)}.*\n"
+
+
+KINDS = {"results": table, "ledger": ledger, "fields": fields, "faults": injected, "cost": cost}
 
 
 if __name__ == "__main__":
