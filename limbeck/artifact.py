@@ -29,7 +29,7 @@ from limbeck.files import write_atomically
 from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 
-FORMAT = 1
+FORMAT = 2  # with a hash of everything in it, which format 1 has not
 KINDS = ("generator", "denoiser", "classifier")
 TENSORS = 10_000  # in one file; the largest networks here have 600
 
@@ -66,12 +66,13 @@ def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dty
         dtype: store floating-point tensors as this type (half precision for small files); None keeps them.
     """
     card = {"format": FORMAT, "kind": kind, "card": describe(module), **facts}
+    card = json.loads(json.dumps(card))  # as it will be read
     tensors = {
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
         for name, t in module.state_dict().items()
     }
-    text = json.dumps(card, sort_keys=True)
-    write_atomically(path, safetensors.torch.save(tensors, {"limbeck": text, "sha256": _digest(text, tensors)}))
+    card["sha256"] = _hash(card, tensors)
+    write_atomically(path, safetensors.torch.save(tensors, {"limbeck": json.dumps(card, sort_keys=True)}))
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one of Limbeck's, or is newer than this version.
     """
-    text = _metadata(path).get("limbeck")
+    text = _metadata(path)
     if text is None:
         raise ValueError(
             f"{path}: a safetensors file without Limbeck's card in its metadata, and no "
@@ -109,8 +110,8 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         dict(card.get("recipe", {}))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path}: its card is damaged") from None
-    if version != FORMAT:
-        raise ValueError(f"{path}: written in format {version!r}, this version of Limbeck reads format {FORMAT}")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(f"{path}: written in format {version!r}, this version of Limbeck reads formats up to {FORMAT}")
     if kind not in KINDS:
         raise ValueError(f"{path}: holds an unknown kind of model {kind!r}")
     return card
@@ -118,15 +119,16 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def is_carded(path: str | os.PathLike[str]) -> bool:
     """Does a safetensors file carry Limbeck's card?"""
-    return "limbeck" in _metadata(path)
+    return _metadata(path) is not None
 
 
-def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def _metadata(path: str | os.PathLike[str]) -> str | None:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            return dict(file.metadata() or {})
+            text: str | None = (file.metadata() or {}).get("limbeck")
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return text
 
 
 def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | None = None) -> Any:
@@ -142,27 +144,29 @@ def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | Non
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
     tensors = read_tensors(path)
-    check(path, tensors)
-    return rebuild(path, kind, card.get("card"), tensors, network)
+    module = rebuild(path, kind, card.get("card"), tensors, network)
+    check(path, card, tensors)
+    return module
 
 
-def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a file's card or `tensors` are not those that were stored. Files of others bring no hash."""
-    metadata = _metadata(path)
-    if not metadata.keys() <= {"limbeck", "sha256", "format"}:
-        raise ValueError(f"{path}: damaged, its metadata have an unknown entry")
-    if "sha256" in metadata and metadata["sha256"] != _digest(metadata.get("limbeck", ""), tensors):
+def check(path: str | os.PathLike[str], card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a file's card and tensors are not those that were stored."""
+    if card["format"] > 1 and card.get("sha256") != _hash(card, tensors):
         raise ValueError(f"{path}: damaged, it does not match its hash")
 
 
 def is_whole(path: Path) -> bool:
     """Is this a file of Limbeck's, as it was stored?"""
     try:
-        read_card(path)
-        check(path, read_tensors(path))
+        check(path, read_card(path), read_tensors(path))
     except ValueError:
         return False
     return True
+
+
+def _hash(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a card, but for its entry of this, and of tensors."""
+    return _digest(json.dumps({k: v for k, v in card.items() if k != "sha256"}, sort_keys=True), tensors)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

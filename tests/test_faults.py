@@ -29,7 +29,7 @@ def test_faults_do_no_harm(fault: str) -> None:
 
 def test_the_harness_sees_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without hashes damage passes as sound, and the row says so."""
-    monkeypatch.setattr(limbeck.artifact, "check", lambda path, tensors: None)
+    monkeypatch.setattr(limbeck.artifact, "check", lambda path, card, tensors: None)
     with faults.workplace() as folder:
         row = faults.Row("damaged files")
         assert faults.start(folder / "sid-whole", "sid").end() == 0

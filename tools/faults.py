@@ -274,10 +274,10 @@ def signals(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
 
 def commands(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
     """kill -9 of `python -m limbeck distill`."""
-    steps, save = 120, 10
+    steps = 120
 
     def command(name: str) -> list[str]:
-        flags = [*FLAGS, "--steps", str(steps), "--every.save", str(save)]
+        flags = [*FLAGS, "--steps", str(steps), "--every.save", str(SAVE)]
         return [sys.executable, "-m", "limbeck", "distill", "exact:ring8", "--out", str(folder / name), *flags]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -295,7 +295,7 @@ def commands(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
             told = process.communicate()[1]
             row.tracebacks += "Traceback" in told
             went_on = told.partition("continuing at step ")[2].split("\n")[0]
-            row.lost = max(row.lost, (before - int(went_on) - (save - SAVE)) if went_on else 0)
+            row.lost = max(row.lost, before - int(went_on) if went_on else 0)
             before = _logged(out)
             if process.returncode == 0:
                 break
