@@ -150,8 +150,8 @@ class UniInstruct:
             h = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
             terms = -2 * h * per_sample((fake - real) * (fake - x))
         elif view.logits is None:
-            # no ratio yet: with h constant the gradient is the reverse KL's. The coefficients at r = 1 would not do, their
-            # third term repels the student from the data unless r falls as the scores say
+            # no ratio yet: with h constant the gradient is the reverse KL's. The coefficients at r = 1 would not do:
+            # their third term repels the student from the data unless r falls as the scores say
             h = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
             terms = h * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
         else:
