@@ -146,14 +146,13 @@ class UniInstruct:
         weight = (
             l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(batch.u)
         )
+        at_one = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
         if self.as_released:
-            h = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
-            terms = -2 * h * per_sample((fake - real) * (fake - x))
+            terms = -2 * at_one * per_sample((fake - real) * (fake - x))
         elif view.logits is None:
             # no ratio yet: with h constant the gradient is the reverse KL's. The coefficients at r = 1 would not do:
             # their third term repels the student from the data unless r falls as the scores say
-            h = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
-            terms = h * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
+            terms = at_one * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
         else:
             ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
             terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence)
