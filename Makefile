@@ -36,6 +36,10 @@ assets: $(VENV)/.test
 	$(BIN)/python tools/bundle.py runs/digits-classifier digits
 	$(BIN)/limbeck teach recipes/digits-teacher.toml --out runs/digits-teacher
 	$(BIN)/python tools/bundle.py runs/digits-teacher digits
+	$(BIN)/limbeck teach recipes/fashion-classifier.toml --out runs/fashion-classifier
+	$(BIN)/python tools/bundle.py runs/fashion-classifier fashion
+	$(BIN)/limbeck teach recipes/fashion-teacher.toml --out runs/fashion-teacher
+	$(BIN)/python tools/bundle.py runs/fashion-teacher fashion
 
 # what runs a generator in the browser; needs npm
 web-runtime: $(VENV)/.demo

@@ -198,10 +198,8 @@ def _is_script(path: str) -> bool:
 
 def digest(source: str | nn.Module) -> str:
     """SHA-256 of a feature network: of its file, or of a given module's tensors."""
-    if source == PIXELS:
-        source = nn.Flatten()
-    if isinstance(source, nn.Module):
-        return artifact.fingerprint(source)
+    if isinstance(source, nn.Module) or source == PIXELS:
+        return artifact.fingerprint(load(source))
     return sha256(Path(source) if source.endswith(".pt") else artifact.locate(source, "classifier"))
 
 

@@ -146,7 +146,7 @@ def _batch(tensors: Mapping[str, Tensor]) -> Batch:
 def _play(trainer: Trainer, index: int, turn: Any, batches: list[Batch]) -> Tensor | None:
     """The losses (B,) of the turn; None if all is finite now."""
     try:
-        trainer._play(index, turn, batches, {})
+        trainer.play(index, turn, batches, {})
     except NonFinite as error:
         return error.losses
     return None
@@ -157,7 +157,7 @@ def _operation(trainer: Trainer, index: int, turn: Any, batches: list[Batch]) ->
     with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
         warnings.simplefilter("ignore")
         try:
-            trainer._play(index, turn, batches, {})
+            trainer.play(index, turn, batches, {})
         except NonFinite:
             return "the sum of finite gradients is not finite"
         except RuntimeError as error:

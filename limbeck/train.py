@@ -104,7 +104,7 @@ class Trainer:
         for index, turn in enumerate(self.objective.turns(self.step, self.images)):
             if turn.when is not None and not turn.when(self.nets):
                 continue
-            count = self._play(index, turn, source(self.step, index), told)
+            count = self.play(index, turn, source(self.step, index), told)
             if self.objective.product in turn.players:
                 images += count
         if images:
@@ -116,7 +116,7 @@ class Trainer:
         self.images += images or count
         return told
 
-    def _play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
+    def play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
         players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
         micro = list(batches)
         count = sum(len(batch.z) for batch in micro)

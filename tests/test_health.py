@@ -41,7 +41,7 @@ def distill(tiny: dict[str, Any]) -> Callable[..., Any]:
 
 def poison(patched: pytest.MonkeyPatch, step: int, player: str, place: str, times: int = 1) -> None:
     """From step `step` on, `times` times: NaN in a weight, an output, one sample's loss, or a gradient of `player`."""
-    real, left = Trainer._play, [times]
+    real, left = Trainer.play, [times]
 
     def play(self: Trainer, index: int, turn: Any, batches: Any, told: Any) -> Any:
         warm = "generator" not in self.nets
@@ -64,7 +64,7 @@ def poison(patched: pytest.MonkeyPatch, step: int, player: str, place: str, time
             values[-1].data.view(-1)[0] = math.nan
         return real(self, index, turn._replace(loss=spoiled), batches, told)
 
-    patched.setattr(Trainer, "_play", play)
+    patched.setattr(Trainer, "play", play)
 
 
 def state_of(out: Path) -> dict[str, Any]:
@@ -165,14 +165,14 @@ def test_an_interrupted_run_that_rolled_back_ends_the_same(tmp_path: Path, disti
     keys = {"health": {"nonfinite": "rollback"}, "every": {"save": 3, "log": 1, "sample": 0}, "steps": 8}
 
     def spoil(patched: pytest.MonkeyPatch) -> None:  # a fault that follows from the weights and step, as real ones do
-        real = Trainer._play
+        real = Trainer.play
 
         def play(self: Trainer, *args: Any) -> Any:
             if self.step == 4 and self.rate_factor == 1:
                 raise NonFinite("injected", 0, torch.zeros(1))
             return real(self, *args)
 
-        patched.setattr(Trainer, "_play", play)
+        patched.setattr(Trainer, "play", play)
 
     with pytest.MonkeyPatch.context() as patched:
         spoil(patched)

@@ -101,14 +101,14 @@ def snapshot(out: Path) -> dict[str, bytes]:
 
 def at_step(patched: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
     """Do `action` in the middle of step `step` (from 1), before its turn is played."""
-    real = Trainer._play
+    real = Trainer.play
 
     def play(self: Trainer, *args: Any) -> Any:
         if self.step == step - 1:
             action()
         return real(self, *args)
 
-    patched.setattr(Trainer, "_play", play)
+    patched.setattr(Trainer, "play", play)
 
 
 def kill_self(signum: int) -> Callable[[], None]:
@@ -698,7 +698,7 @@ def test_lock(tmp_path: Path, distill: Any, ends_equal: Any) -> None:
     with pytest.MonkeyPatch.context() as patched:
         at_step(patched, 3, second)
         distill(tmp_path / "r")
-    # `_play` of the second run is never reached, so the first one asks once
+    # `play` of the second run is never reached, so the first one asks once
     assert len(refusals) == 1 and refusals[0].startswith("out: ")
     ends_equal(tmp_path / "r")
 
