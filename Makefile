@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # two OpenMP pools on two cores slow each other down: tests run with one thread each
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint accept docs assets web-runtime clean
+.PHONY: demo test lint accept faults docs assets web-runtime clean
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(BIN)/limbeck distill recipes/digits-pid.toml --out runs/demo
@@ -22,6 +22,10 @@ accept: $(VENV)/.test
 	$(BIN)/python tools/accept.py
 	$(BIN)/python tools/tables.py
 
+# kills, full disks, damage, hostile and malformed input: two to four minutes
+faults: $(VENV)/.test
+	$(BIN)/python tools/faults.py
+
 docs: $(VENV)/.test
 	$(BIN)/python tools/tables.py
 	$(BIN)/python tools/site.py site
@@ -32,6 +36,10 @@ assets: $(VENV)/.test
 	$(BIN)/python tools/bundle.py runs/digits-classifier digits
 	$(BIN)/limbeck teach recipes/digits-teacher.toml --out runs/digits-teacher
 	$(BIN)/python tools/bundle.py runs/digits-teacher digits
+	$(BIN)/limbeck teach recipes/fashion-classifier.toml --out runs/fashion-classifier
+	$(BIN)/python tools/bundle.py runs/fashion-classifier fashion
+	$(BIN)/limbeck teach recipes/fashion-teacher.toml --out runs/fashion-teacher
+	$(BIN)/python tools/bundle.py runs/fashion-teacher fashion
 
 # what runs a generator in the browser; needs npm
 web-runtime: $(VENV)/.demo

@@ -29,7 +29,7 @@ from limbeck.files import write_atomically
 from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 
-FORMAT = 1
+FORMAT = 2  # with a hash of everything in it, which format 1 has not
 KINDS = ("generator", "denoiser", "classifier")
 TENSORS = 10_000  # in one file; the largest networks here have 600
 
@@ -66,10 +66,12 @@ def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dty
         dtype: store floating-point tensors as this type (half precision for small files); None keeps them.
     """
     card = {"format": FORMAT, "kind": kind, "card": describe(module), **facts}
+    card = json.loads(json.dumps(card))  # as it will be read
     tensors = {
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
         for name, t in module.state_dict().items()
     }
+    card["sha256"] = _hash(card, tensors)
     write_atomically(path, safetensors.torch.save(tensors, {"limbeck": json.dumps(card, sort_keys=True)}))
 
 
@@ -108,8 +110,8 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         dict(card.get("recipe", {}))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path}: its card is damaged") from None
-    if version != FORMAT:
-        raise ValueError(f"{path}: written in format {version!r}, this version of Limbeck reads format {FORMAT}")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(f"{path}: written in format {version!r}, this version of Limbeck reads formats up to {FORMAT}")
     if kind not in KINDS:
         raise ValueError(f"{path}: holds an unknown kind of model {kind!r}")
     return card
@@ -141,7 +143,30 @@ def load(path: str | os.PathLike[str], kind: str, network: type[nn.Module] | Non
     card = read_card(path)
     if card["kind"] != kind:
         raise ValueError(f"{path}: holds a {card['kind']}, expected a {kind}")
-    return rebuild(path, kind, card.get("card"), read_tensors(path), network)
+    tensors = read_tensors(path)
+    module = rebuild(path, kind, card.get("card"), tensors, network)
+    check(path, card, tensors)
+    return module
+
+
+def check(path: str | os.PathLike[str], card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a file's card and tensors are not those that were stored."""
+    if card["format"] > 1 and card.get("sha256") != _hash(card, tensors):
+        raise ValueError(f"{path}: damaged, it does not match its hash")
+
+
+def is_whole(path: Path) -> bool:
+    """Is this a file of Limbeck's, as it was stored?"""
+    try:
+        check(path, read_card(path), read_tensors(path))
+    except ValueError:
+        return False
+    return True
+
+
+def _hash(card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a card, but for its entry of this, and of tensors."""
+    return _digest(json.dumps({k: v for k, v in card.items() if k != "sha256"}, sort_keys=True), tensors)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -205,8 +230,12 @@ def load_generator(path: str | os.PathLike[str], network: type[nn.Module] | None
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over a module's class and form, and the names, shapes and values of its tensors."""
-    digest = hashlib.sha256(f"{type(module).__name__}{getattr(module, 'form', '')}".encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    return _digest(f"{type(module).__name__}{getattr(module, 'form', '')}", module.state_dict())
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -116,7 +116,7 @@ class Meter:
         self._stand_in(trainer, "_backward", "backward")
         self._stand_in(trainer, "_exchange", "exchange")
         self._stand_in(trainer.ema, "update", "ema")
-        self._stand_in(trainer, "_play", "rest", turn=lambda index, turn, *_: "+".join(turn.players))
+        self._stand_in(trainer, "play", "rest", turn=lambda index, turn, *_: "+".join(turn.players))
         self._stand_in(trainer, "advance", "rest")
         if self._counter is not None:
             self._counter.__enter__()

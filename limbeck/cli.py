@@ -45,6 +45,7 @@ VERBS = {
     "doctor": ("TEACHER [--out DIR] [--seconds N] [--json]", "look for mistakes in a teacher, without data"),
     "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
+    "replay": ("RUN [--json]", "play the turn again that met NaN or Inf, and say where they come from"),
 }
 
 RENAMED = {"sample": {"label": "class"}, "import": {"role": "as"}}  # fields by verb whose keys Python reserves
@@ -640,6 +641,15 @@ def _show(words: list[str], keys: dict[str, Any]) -> None:
     show.show(Path(_one(words, "RUN")), as_json)
 
 
+def _replay(words: list[str], keys: dict[str, Any]) -> None:
+    from limbeck import replay
+
+    network, as_json = _network(keys), keys.pop("json", None) == "true"
+    _known(keys, ("network",))
+    found = replay.replay(Path(_one(words, "RUN")), _say, network=network)
+    print(json.dumps(found.table(), indent=1) if as_json else "\n".join(found.lines()))
+
+
 def _known(keys: dict[str, Any], known: Sequence[str]) -> None:
     for key in keys:
         if key not in known:
@@ -654,9 +664,9 @@ def _help(verb: str, method: str | None) -> None:
         from limbeck import manual
 
         manual.print_keys(verb, method)
-    if verb in ("distill", "teach", "sample", "evaluate", "doctor", "bench"):
+    if verb in ("distill", "teach", "sample", "evaluate", "doctor", "bench", "replay"):
         print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
-    if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show", "bench"):
+    if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show", "bench", "replay"):
         print("--json                            print the result as JSON")
     if verb == "compare":
         print("--features F                      replaces evaluate.features of all runs, e.g. by a TorchScript file")
@@ -675,4 +685,5 @@ ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {
     "doctor": _doctor,
     "methods": _methods,
     "show": _show,
+    "replay": _replay,
 }

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -67,8 +67,8 @@ class Evaluation:
         data: reference images for teachers that bring none (a name or file as for `teach`); or "exact:...", the law
             that a learned teacher learned.
         reference: a file of `limbeck reference`, or EDM's statistics (.npz), instead of `data`.
-        features: feature network of `data` or `reference`: a bundled name, a classifier's file, a TorchScript file
-            (.pt, a program: named on the command line or in Python only) or, in Python, a module.
+        features: feature network of `data` or `reference`: a bundled name, "pixels", a classifier's file, a TorchScript
+            file (.pt, a program: named on the command line or in Python only) or, in Python, a module.
         quantize: score images as 8-bit values.
         mmd_scale: length in whose units the kernels of `mmd` have their widths; None = the exact law's sigma_data.
     """
@@ -117,6 +117,35 @@ class Real:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What a run does when it falls ill.
+
+    Attributes:
+        nonfinite: what follows a loss or gradient that is NaN or Inf: stop; or rollback, to the last checkpoint and on
+            from there with a smaller step.
+        shrink: factor on all learning rates at each return.
+        rollbacks: returns until the run stops after all.
+        every: steps between two looks of the monitors (see `limbeck.health`); 0 = never.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    nonfinite: Literal["stop", "rollback"] = "stop"
+    shrink: float = 0.5
+    rollbacks: int = 3
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.nonfinite not in ("stop", "rollback"):
+            raise ValueError(f"nonfinite: must be stop or rollback, got {self.nonfinite!r}")
+        if not 0 < self.shrink < 1:
+            raise ValueError(f"shrink: must lie between 0 and 1, got {self.shrink}")
+        for name, least in (("rollbacks", 1), ("every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run.
 
@@ -142,6 +171,7 @@ class Recipe:
         clip: largest gradient norm.
         threads: CPU threads; results are bit-equal only at equal threads.
         keep: checkpoints kept.
+        health: what a run does when it falls ill.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -167,6 +197,7 @@ class Recipe:
     keep: int = 2
     every: Every = field(default_factory=Every)
     evaluate: Evaluation = field(default_factory=Evaluation)
+    health: Health = field(default_factory=Health)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -192,7 +223,7 @@ class Recipe:
             raise ValueError(f"clip: must be positive and finite, got {self.clip}")
 
 
-FREE = ("steps", "every", "evaluate", "sharded")  # what may change when a run is continued
+FREE = ("steps", "every", "evaluate", "health", "micro_batches", "sharded")  # what may change when a run is continued
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -168,13 +168,15 @@ def gather(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for name in sorted(state):
         mine = state[name].contiguous()
         lengths = [torch.zeros((), dtype=torch.long) for _ in range(world)]
-        distributed.all_gather(lengths, torch.tensor(len(mine) if name.startswith("rows") else 0))
+        with _alive():
+            distributed.all_gather(lengths, torch.tensor(len(mine) if name.startswith("rows") else 0))
         if name.startswith("rows"):
             longest = max(int(length) for length in lengths)
             padding = mine.new_zeros(longest - len(mine), *mine.shape[1:])
             mine = torch.cat([mine, padding])
         parts = [torch.empty_like(mine) for _ in range(world)]
-        distributed.all_gather(parts, mine)
+        with _alive():
+            distributed.all_gather(parts, mine)
         for rank, part in enumerate(parts):
             states[rank][name] = part[: int(lengths[rank])] if name.startswith("rows") else part
     return states

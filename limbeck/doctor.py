@@ -48,6 +48,9 @@ OFFSET = 0.5  # largest share of the error that is one constant
 CALIBRATION = 0.15  # what another level may gain over the right one
 SCALES = (0.6, 1.7)  # the other levels
 
+QUICK = 30.0  # seconds of the look before a distillation
+LEAST = 130  # calls for one sample that the coarsest look makes, at most
+
 OUTPUTS: tuple[Output, ...] = ("eps", "v", "x0", "flow")
 
 
@@ -137,11 +140,7 @@ class Effort:
         """64 samples, more and finer ones in few dimensions; fewer where time allows no more, then coarser ones."""
         wanted = min(1024, max(64, 8192 // math.prod(denoiser.shape)))
         steps = cls.steps if len(denoiser.shape) == 3 else 2 * cls.steps
-        x, level, cond = torch.zeros(8, *denoiser.shape), torch.ones(8) * denoiser.unit, _labels(denoiser, 8)
-        denoiser(x[:1], level[:1], None if cond is None else cond[:1])  # a first call is slow
-        began = time.perf_counter()
-        denoiser(x, level, cond)
-        budget = seconds / max(1e-9, (time.perf_counter() - began) / 8)  # calls for one sample
+        budget = seconds / _pace(denoiser)  # calls for one sample
         fine, coarse = cls(wanted, steps), cls(16, 8, 5, ())
         if budget >= 16 * fine.calls:
             return replace(fine, samples=min(wanted, int(budget / fine.calls)))
@@ -155,10 +154,20 @@ class Effort:
         return Karras(max(law.sigma_min, 0.01 * denoiser.unit), min(law.sigma_max, 20 * denoiser.unit), law.rho)
 
 
+def _pace(denoiser: Denoiser) -> float:
+    """Seconds that one call takes for one sample of a small batch."""
+    x, level, cond = torch.zeros(4, *denoiser.shape), torch.ones(4) * denoiser.unit, _labels(denoiser, 4)
+    denoiser(x[:1], level[:1], None if cond is None else cond[:1])  # a first call is slow
+    began = time.perf_counter()
+    denoiser(x, level, cond)
+    return max(1e-9, (time.perf_counter() - began) / 4)
+
+
 def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[str], None]) -> str | None:
     """The quick form before a distillation: faults are told as warnings.
 
-    A teacher that `cache` knows is not examined again, and an exact law, which is right by construction, never is.
+    A teacher that `cache` knows is not examined again, and an exact law, which is right by construction, never is. Of a
+    network too slow for the coarsest look in half a minute it is only asked whether its outputs are finite.
 
     Returns:
         What `cache` should hold, or None if it stays as it is.
@@ -175,7 +184,16 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         if json.loads(cache.read_text())["teacher"] == key:
             return None
-    table = examine(teacher).table()
+    with torch.no_grad():
+        pace = _pace(teacher.eval())
+        if pace * LEAST > QUICK:
+            law = default_levels(teacher)
+            top = _largest_finite(teacher, law, seed=0)
+            if top < law.sigma_max:
+                raise ValueError(f"teacher: NaN or Inf above sigma {top:.3g}")
+            tell(f"teacher: {pace:.2g} s a call, looked at for NaN and Inf only; for more: `limbeck doctor TEACHER`")
+            return json.dumps({"teacher": key, "levels": []}, indent=1) + "\n"
+    table = examine(teacher, QUICK).table()
     for finding in table["findings"]:
         if finding["check"] == "finite" or not table["levels"]:
             raise ValueError(f"teacher: {finding['verdict']}")
@@ -184,7 +202,7 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
 
 
 @torch.no_grad()
-def examine(teacher: Denoiser, seconds: float = 30.0, seed: int = 0) -> Diagnosis:
+def examine(teacher: Denoiser, seconds: float = QUICK, seed: int = 0) -> Diagnosis:
     """Look for faults of a denoiser, on its own samples.
 
     Args:
@@ -217,7 +235,7 @@ def examine(teacher: Denoiser, seconds: float = 30.0, seed: int = 0) -> Diagnosi
         found.append(Finding("convention", cure) if cure else _symptom(teacher, levels, facts, samples, complete))
     else:
         found += _law(teacher, levels, facts, samples)
-    found += _range(teacher, facts) if not found else []
+    found += _range(teacher, facts, min(16, len(samples))) if not found else []
     found += _label_effect(teacher, samples, facts, seed) if not found else []
     return Diagnosis(tuple(found), tuple(levels), facts, samples)
 
@@ -228,10 +246,10 @@ def _labels(denoiser: Denoiser, n: int, shift: int = 0) -> Tensor | None:
 
 def _largest_finite(teacher: Denoiser, law: Karras, seed: int) -> float:
     """The largest level up to which outputs on pure noise are finite; 0 if there is none."""
-    z = torch.randn(2, *teacher.shape, generator=stream(seed, "doctor", "finite"))
+    z = torch.randn(1, *teacher.shape, generator=stream(seed, "doctor", "finite"))
 
     def finite(sigma: float) -> bool:
-        out = teacher(sigma * z, torch.full((2,), sigma), _labels(teacher, 2))
+        out = teacher(sigma * z, torch.full((1,), sigma), _labels(teacher, 1))
         return bool(torch.isfinite(out).all())
 
     grid = torch.logspace(math.log10(law.sigma_min), math.log10(law.sigma_max), 12).tolist()
@@ -370,8 +388,8 @@ def _law(teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float], sa
     return []
 
 
-def _range(teacher: Denoiser, facts: dict[str, float]) -> list[Finding]:
-    deaf = _deaf_above(teacher, facts)
+def _range(teacher: Denoiser, facts: dict[str, float], count: int) -> list[Finding]:
+    deaf = _deaf_above(teacher, facts, count)
     if deaf is not None:
         line = f"above sigma {deaf:.3g} the output does not depend on sigma: trained only on lower levels?"
         return [Finding("sigma range", line)]
@@ -384,13 +402,13 @@ def _range(teacher: Denoiser, facts: dict[str, float]) -> list[Finding]:
     return []
 
 
-def _deaf_above(teacher: Denoiser, facts: dict[str, float]) -> float | None:
-    """The level from which on D(y; sigma) is the same function of y, and no constant; None if there is none.
+def _deaf_above(teacher: Denoiser, facts: dict[str, float], count: int) -> float | None:
+    """The level from which on D(y; sigma) is the same function of `count` y, and no constant; None if there is none.
 
     Of pure noise a true denoiser says less, the higher the level that it is told.
     """
     high = default_levels(teacher).sigma_max
-    y = high * torch.randn(16, *teacher.shape, generator=stream(0, "doctor", "deaf"))
+    y = high * torch.randn(count, *teacher.shape, generator=stream(0, "doctor", "deaf"))
 
     def said(level: float) -> Tensor:
         return teacher(y, torch.full((len(y),), level), _labels(teacher, len(y)))

@@ -138,6 +138,8 @@ class Scripted(nn.Module):
         return found.flatten(1)
 
 
+PIXELS = "pixels"  # the name of pixel space: each value a feature
+
 _told: set[str] = set()  # programs of which the user has been told
 
 
@@ -145,14 +147,17 @@ def load(source: str | nn.Module) -> nn.Module:
     """A feature network, frozen and in eval mode.
 
     Args:
-        source: the name of a bundled classifier; a classifier's safetensors file; a TorchScript file (.pt), which is a
-            program and runs with your rights; or any module (B, *shape) -> (B, d).
+        source: the name of a bundled classifier; "pixels", whose features are the sample's own values; a classifier's
+            safetensors file; a TorchScript file (.pt), which is a program and runs with your rights; or any module
+            (B, *shape) -> (B, d).
 
     Raises:
         ValueError: for an unknown name or a file of another kind.
     """
     if isinstance(source, nn.Module):
         network = source
+    elif source == PIXELS:
+        network = nn.Flatten()
     elif source.endswith(".pt"):
         network = _script(source)
         digest_ = sha256(Path(source))
@@ -193,8 +198,8 @@ def _is_script(path: str) -> bool:
 
 def digest(source: str | nn.Module) -> str:
     """SHA-256 of a feature network: of its file, or of a given module's tensors."""
-    if isinstance(source, nn.Module):
-        return artifact.fingerprint(source)
+    if isinstance(source, nn.Module) or source == PIXELS:
+        return artifact.fingerprint(load(source))
     return sha256(Path(source) if source.endswith(".pt") else artifact.locate(source, "classifier"))
 
 

@@ -258,7 +258,7 @@ class Game:
 
         Returns:
             gap/SIGMA: ln E |D_fake - D_real|^2 per coordinate, in units of the data's variance, in six bins of the
-            noise law, named by their middle level; fake_loss: the fake score's denoising loss.
+            noise law, named by their middle level; fake_loss: the fake score's denoising loss; lag: see `lag`.
         """
         view = self.view(nets, teacher, batch, levels, judged=False, graph=False)
         gaps = (view.fake - view.real).flatten(1).square().mean(1) / teacher.sigma_data**2
@@ -266,14 +266,26 @@ class Game:
         middles = levels.quantile((torch.arange(HEALTH_BINS) + 0.5) / HEALTH_BINS).tolist()
         told = {f"gap/{s:.3g}": gaps[bins == k].mean().log() for k, s in enumerate(middles) if (bins == k).any()}
         sigma = self.fake_levels.scaled(teacher.unit).quantile(batch.u)
-        estimate = guided(
-            cast(Denoiser, nets["fake"]),
-            self.guidance.fake_turn,
-            perturb(view.x, sigma, batch.eps),
-            sigma,
-            batch.cond,
-        )
-        return told | {"fake_loss": denoising(estimate, view.x, sigma, teacher.sigma_data).mean()}
+        noisy = perturb(view.x, sigma, batch.eps)
+        estimate = guided(cast(Denoiser, nets["fake"]), self.guidance.fake_turn, noisy, sigma, batch.cond)
+        return told | {
+            "fake_loss": denoising(estimate, view.x, sigma, teacher.sigma_data).mean(),
+            "lag": lag(view.x, noisy, sigma, estimate, teacher.sigma_data),
+        }
+
+
+def lag(x: Tensor, noisy: Tensor, sigma: Tensor, estimate: Tensor, sigma_data: float) -> Tensor:
+    """How far a denoiser is from that of the law of `x`, as a correlation in [0, 1]; 0 for the exact one, of any law.
+
+    The residual x - D(x_sigma) of an exact denoiser has mean 0, and 0 is its inner product with x_sigma (Tweedie). The
+    larger of the two, relative to the norms; what chance alone gives the mean of so many samples is taken off.
+    """
+    r = (x - estimate).flatten(1) * edm_weight(sigma, sigma_data).sqrt()[:, None]
+    y = noisy.flatten(1) / torch.sqrt(sigma**2 + sigma_data**2)[:, None]
+    power = r.square().sum(1).mean()
+    shift = ((r.mean(0).square().sum() - power / len(r)).clamp(min=0) / power).sqrt()
+    scale = (r * y).sum(1).mean().abs() / (power * y.square().sum(1).mean()).sqrt()
+    return torch.maximum(shift, scale)
 
 
 def sample(generator: nn.Module, batch: Batch, call: int | None = None) -> Tensor:

@@ -96,4 +96,4 @@ class HubGenerator(Generator, PyTorchModelHubMixin, library_name="limbeck"):
 
 def facts_of(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a file's card says beside the format and the network."""
-    return {key: value for key, value in card.items() if key not in ("format", "kind", "card")}
+    return {key: value for key, value in card.items() if key not in ("format", "kind", "card", "sha256")}

@@ -62,6 +62,7 @@ def commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", this.name)
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        # without locks: a signal that ends this process in between would leave one in the repository
+        return git("rev-parse", "HEAD") + ("+" if git("--no-optional-locks", "status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

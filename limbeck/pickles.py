@@ -20,6 +20,7 @@ import mmap
 import os
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -91,13 +92,15 @@ class View:
         return math.prod(self.shape)
 
     def tensor(self) -> Tensor:
-        """A copy of the values."""
+        """The values, to be read only: they lie in the file's own pages, so that large files are held once."""
         dtype, data = self.storage.dtype, self.storage.data
         if self.count == 0:
             return torch.zeros(self.shape, dtype=dtype)
         assert data is not None
         raw = np.frombuffer(data, np.uint8, self.count * dtype.itemsize, self.offset * dtype.itemsize)
-        return torch.from_numpy(raw.copy()).view(dtype).as_strided(self.shape, self.stride).contiguous()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it must not be written to
+            return torch.from_numpy(raw).view(dtype).as_strided(self.shape, self.stride).contiguous()
 
 
 @dataclass(eq=False, slots=True)

@@ -8,37 +8,49 @@ Under `torchrun` all processes take the same steps, each on its share of the bat
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, checkpoint, config, data, doctor, methods, networks, summary, teachers
+from limbeck import (
+    artifact,
+    checkpoint,
+    config,
+    data,
+    doctor,
+    folder,
+    health,
+    methods,
+    networks,
+    resources,
+    summary,
+    teachers,
+)
 from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
-from limbeck.distributed import largest, rank_and_world, wait_for_all
+from limbeck.distributed import gather, largest, rank_and_world, wait_for_all
 from limbeck.evaluate import VALIDATION, Judge, measure
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
+from limbeck.features import Classifier
 from limbeck.files import check_folder, write_atomically
+from limbeck.folder import Stop, Stopped, Tell
 from limbeck.generator import Direct, Generator
+from limbeck.health import Monitor
 from limbeck.machine import versions
 from limbeck.noise import Karras
 from limbeck.objective import Pairs
@@ -47,19 +59,9 @@ from limbeck.randomness import seed_of
 from limbeck.source import DataSource, NoiseSource, Provider, RealSource, provider_of
 from limbeck.stock import teacher_pairs
 from limbeck.teaching import Imitation
-from limbeck.train import Source, Trainer
-
-Tell = Callable[[str], None]
+from limbeck.train import NonFinite, Source, Trainer
 
 WATCHED = ("fd_feature", "mmd")  # the distance by which a run's best step is chosen
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved. `code` is the exit code: 130 for Ctrl-C, 143 for SIGTERM."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped at step {step}, saved; the same command continues")
-        self.code = 128 + signum
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,8 @@ class Preparation:
         method, provider = job.recipe.method, self.provider
         began = time.perf_counter()
         if method.needs_real and provider is None:
-            provider = self._teacher_provider(job, int(job.recipe.real.source.partition(":")[2]), stop, tell)
-        pairs = self._pairs(job, method.pairs, stop, tell) if hasattr(method, "pairs") else None
+            provider = self._teacher_provider(job, int(job.recipe.real.source.partition(":")[2]), tell)
+        pairs = self._pairs(job, method.pairs, tell) if hasattr(method, "pairs") else None
         if provider is not None or pairs is not None:
             job = replace(job, source=RealSource(self.noise, provider, pairs))
         seconds = time.perf_counter() - began
@@ -230,7 +232,7 @@ class Preparation:
         recipe, teacher = job.recipe, self.teacher
         steps = recipe.warm_start
         tell(f"fitting the student's network to the teacher: {steps:,} steps")
-        provider = _exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, stop, tell)
+        provider = _exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, tell)
         imitation = Imitation()
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
         every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
@@ -242,8 +244,8 @@ class Preparation:
             RealSource(noise, provider), job.identity, "denoiser", None,
         )  # fmt: skip
         warm.out.mkdir(exist_ok=True)
-        seconds, _ = _resume(warm, tell)
-        seconds, _ = _loop(warm, seconds, None, stop, tell)
+        seconds, _, monitor = _resume(warm, tell)
+        seconds, _ = _loop(warm, seconds, None, monitor, stop, tell)
         self.template.load_state_dict(warm.trainer.ema.whole().state_dict())
         trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
         wait_for_all()
@@ -251,8 +253,8 @@ class Preparation:
             shutil.rmtree(warm.out)
         return trainer, seconds
 
-    def _teacher_provider(self, job: Job, count: int, stop: Stop, tell: Tell) -> Provider:
-        pairs = self._pairs(job, count, stop, tell)
+    def _teacher_provider(self, job: Job, count: int, tell: Tell) -> Provider:
+        pairs = self._pairs(job, count, tell)
         if pairs.cond is None:
             return provider_of(pairs.x, None)
         missing = torch.nonzero(pairs.cond.sum(0) == 0)[:, 0].tolist()
@@ -260,14 +262,12 @@ class Preparation:
             raise ValueError(f"real.source: teacher:{count} holds no sample of class {missing[0]}; ask for more")
         return provider_of(pairs.x, pairs.cond.argmax(1))
 
-    def _pairs(self, job: Job, count: int, stop: Stop, tell: Tell) -> Pairs:
+    def _pairs(self, job: Job, count: int, tell: Tell) -> Pairs:
         steps = job.recipe.evaluate.teacher_steps
 
         def drawn(done: int) -> None:
             if done == count or done % 5000 == 0:
                 tell(f"{done:,} of {count:,} teacher samples, {2 * steps - 1} network calls each")
-            if stop.signum:
-                raise Stopped(stop.signum, 0)
 
         return teacher_pairs(self.teacher, count, job.recipe.seed, steps, job.out / "teacher-samples", drawn)
 
@@ -302,6 +302,11 @@ def _table(table: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module] | None = None) -> dict[str, Any]:
     """`teach` for a resolved recipe."""
+    return _run(teaching(recipe, out, network), tell)
+
+
+def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) -> Job:
+    """The job of a recipe, checked as far as it can be before anything is written."""
     if recipe.teacher is not None:
         raise ValueError("teacher: belongs to `limbeck distill`; teaching has data")
     if recipe.generator:
@@ -332,7 +337,7 @@ def run_teaching(recipe: Recipe, out: Path, tell: Tell, network: type[nn.Module]
     identity, product = samples.fingerprint(), recipe.method.product
     job = Job(recipe, out, trainer, source, identity, product, judge, network=network, held_out=held_out)
     check(job)
-    return _run(job, tell)
+    return job
 
 
 def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | None = None) -> Denoiser:
@@ -454,28 +459,45 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     opinion = None
     if recipe.teacher is not None and first:
         opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
+    needs, share = None, -(-recipe.batch // rank_and_world()[1])
+    if not (out / folder.MANIFEST).is_file():
+        needs = resources.measure(job.trainer, job.source)
+        resources.check(needs, share, recipe.micro_batches, recipe.keep, out)
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out) if first else contextlib.nullcontext(), _signals() as stop:
-        seconds, best = _resume(job, tell)
-        report = _finished(job, table)
+    with folder.lock(out) if first else nullcontext(), folder.signals() as stop, resources.explained(needs, share):
+        broken = folder.damaged(out)
+        for name in broken:
+            tell(f"{out / name}: damaged or missing; made again")
+        seconds, best, monitor = _resume(job, tell)
+        stop.step = job.trainer.step
+        report = None if broken else _finished(job, table)
         wait_for_all()  # all have read what is there
         if first:
             write_atomically(out / "recipe.toml", config.dump_toml(table))
         if opinion is not None:
             write_atomically(out / "doctor.json", opinion)
         if report is not None:
+            if first:
+                folder.seal(out)  # the recipe's free keys may be others now
             tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
             return report
+        if first:
+            (out / folder.MANIFEST).unlink(missing_ok=True)
+        if needs is not None and job.trainer.step == 0 and needs.large(share, recipe.micro_batches):
+            tell(needs.line(share, recipe.micro_batches, recipe.keep))
         if job.prepare is not None:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
-        seconds, best = _loop(job, seconds, best, stop, tell)
+        seconds, best = _loop(job, seconds, best, monitor, stop, tell)
         model = job.trainer.ema.whole()
         facts = {**_facts(job), "seconds": round(seconds, 1)}
         if first:
             artifact.save(out / f"{job.product}.safetensors", job.product, model, facts)
         wait_for_all()
-        return summary.conclude(job, model, seconds, best, tell)
+        report = summary.conclude(job, model, seconds, best, tell)
+        if first:
+            folder.seal(out)
+        return report
 
 
 def _first() -> bool:
@@ -499,7 +521,7 @@ def _facts(job: Job) -> dict[str, Any]:
 
 def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of this run as it is asked for; None if there is anything left to train, store or score."""
-    if job.trainer.step < job.recipe.steps or not (job.out / f"{job.product}.safetensors").is_file():
+    if job.trainer.step < job.recipe.steps or not (job.out / folder.MANIFEST).is_file():
         return None
     try:
         report: dict[str, Any] = json.loads((job.out / "report.json").read_text())
@@ -509,49 +531,149 @@ def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
     return report if same else None
 
 
-def _loop(job: Job, seconds: float, best: Best | None, stop: Stop, tell: Tell) -> tuple[float, Best | None]:
+def _loop(
+    job: Job, seconds: float, best: Best | None, monitor: Monitor, stop: Stop, tell: Tell
+) -> tuple[float, Best | None]:
+    """Play until the last step, going back where the recipe says so. Returns as `_sitting`."""
+    policy, returns = job.recipe.health, 0
+    while True:
+        try:
+            return _sitting(job, seconds, best, monitor, stop, tell)
+        except NonFinite as error:
+            kept, returns = _dump(job, error), returns + 1
+            if policy.nonfinite == "stop" or returns > policy.rollbacks:
+                hint = f"; `limbeck replay {job.out}` says where" if kept else ""
+                raise NonFinite(f"{error}{hint}", error.turn, error.losses) from None
+            tell(f"warning: {error}")
+        factor = policy.shrink * job.trainer.rate_factor
+        seconds, best, monitor = _resume(job, tell)
+        job.trainer.rate_factor = factor
+        tell(f"back at step {job.trainer.step:,}, with learning rates times {factor:g}")
+
+
+def _sitting(
+    job: Job, seconds: float, best: Best | None, monitor: Monitor, stop: Stop, tell: Tell
+) -> tuple[float, Best | None]:
     """Play until the last step. Returns the seconds spent, those of earlier sittings included, and the best step."""
     recipe, trainer = job.recipe, job.trainer
     began, first = time.perf_counter() - seconds, trainer.step
-    log_file = job.out / "log.jsonl" if _first() else Path(os.devnull)
-    with summary.progress(recipe, trainer.step) as moved, open(log_file, "a", buffering=1) as log:
+    path = job.out / "log.jsonl"
+    looks: health.Looks | None = None
+    monitored = recipe.teacher is not None and job.product == "generator"
+    with (
+        summary.progress(recipe, trainer.step) as moved,
+        open(path if _first() else os.devnull, "a", buffering=1) as log,
+        stop.waiting(True),
+    ):
 
         def write(row: Mapping[str, Any]) -> None:
             spent = round(time.perf_counter() - began, 2)
             log.write(json.dumps({"step": trainer.step, "images": trainer.images, "seconds": spent, **row}) + "\n")
 
+        def watch() -> Best | None:
+            """The best step, this one included. A signal cuts the evaluation short: it is made on resuming."""
+            try:
+                # of several processes none may leave alone
+                with stop.waiting(rank_and_world()[1] > 1):
+                    metrics = _watch(job)
+            except Stopped:
+                return best
+            write({"metrics": metrics})
+            return _keep_best(job, best, metrics)
+
+        def save() -> None:
+            _save(job, time.perf_counter() - began, best, log, monitor)
+
+        watched = Due(first, recipe.steps)(recipe.every.evaluate) and job.judge is not None
+        if first and watched and not _was_watched(path, first):
+            best = watch()
+        if first == 0 and recipe.health.nonfinite == "rollback":
+            save()  # where to go back to
         while trainer.step < recipe.steps:
             told = trainer.advance(job.source)
             stop.signum = largest(stop.signum)  # a signal may reach processes in different steps
+            stop.step = trainer.step
             due = Due(trainer.step, recipe.steps)
             if due(recipe.every.log):
                 write({name: float(value) for name, value in (told | _health(job)).items()})
             if due(recipe.every.sample):
                 _draw(job)
             if due(recipe.every.evaluate) and job.judge is not None:
-                metrics = _watch(job)
-                write({"metrics": metrics})
-                best = _keep_best(job, best, metrics)
+                best = watch()
+            if due(recipe.health.every) and monitored:
+                looks = looks or _looks(job)
+                for name in monitor.add(looks.look(recipe.method, trainer.nets, trainer.teacher)):
+                    rule = health.RULES[name]
+                    tell(f"warning: step {trainer.step}: {name}: {rule.meaning}; {rule.advice}")
+                    write({"warning": name})
             if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
-                _save(job, time.perf_counter() - began, best)
+                save()
             moved(trainer.step, told)
-            if stop.signum and trainer.step < recipe.steps:
+            if trainer.step == first + TIMED:
+                left = (time.perf_counter() - began - seconds) / TIMED * (recipe.steps - trainer.step)
+                if left > 60:
+                    tell(f"about {resources.duration(left)} to go")
+            if stop.signum:
                 raise Stopped(stop.signum, trainer.step)
     if trainer.step > first:
         tell(f"{trainer.step - first:,} steps in {time.perf_counter() - began - seconds:.0f} s")
     return time.perf_counter() - began, best
 
 
+def _looks(job: Job) -> health.Looks:
+    """What the monitors look at."""
+    network = getattr(job.judge, "network", None)
+    classifier = network if isinstance(network, Classifier) else None
+    return health.Looks.of(job.source, job.trainer.teacher, job.recipe.evaluate.teacher_steps, classifier)
+
+
+def _dump(job: Job, error: NonFinite) -> bool:
+    """Keep the turn that went wrong, for `limbeck replay`: weights before it, and its batches. Could it be kept?"""
+    if not (job.out / "recipe.toml").is_file():  # a student's warm start
+        return False
+    own: dict[str, Tensor] = {}
+    for number, batch in enumerate(job.source(job.trainer.step, error.turn)):
+        tensors = {f.name: v for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+        if batch.pairs is not None:
+            tensors |= {f"pairs.{name}": v for name, v in batch.pairs._asdict().items() if v is not None}
+        own |= {f"rows {number} {name}": value for name, value in tensors.items()}
+    every = gather({**own, "rows losses": error.losses})
+    batches: dict[str, dict[str, Tensor]] = {}
+    for rank, theirs in enumerate(every):
+        for name, value in theirs.items():
+            if name != "rows losses":
+                _, part, field = name.split()
+                batches.setdefault(str(rank * job.recipe.micro_batches + int(part)), {})[field] = value
+    state = {
+        "trainer": job.trainer.state_dict(), "turn": error.turn, "batches": batches,
+        "losses": torch.cat([theirs["rows losses"] for theirs in every]),
+        "identity": job.identity, "threads": torch.get_num_threads(), "versions": versions(),
+    }  # fmt: skip
+    try:
+        _store(job, NONFINITE, state, keep=1)
+    except OSError:  # a full disk is not what stops this run
+        return False
+    return True
+
+
+def _was_watched(log: Path, step: int) -> bool:
+    """Are the scores of this step in the log?"""
+    rows = log.read_text().splitlines()
+    return any('"metrics"' in row for row in rows if folder.step_of(row) == step)
+
+
+TIMED = 20  # steps after which the rest is estimated
+NONFINITE = "nonfinite"  # the folder of a step to replay
 HEALTH = 2**20  # the turn under which batches are drawn that nobody is trained on
 
 
 def _health(job: Job) -> dict[str, Tensor]:
     """How a method's players stand, as far as the method can say."""
-    health = getattr(job.recipe.method, "health", None)
-    if health is None:
+    look = getattr(job.recipe.method, "health", None)
+    if look is None:
         return {}
     batch = next(iter(job.source(job.trainer.step, HEALTH)))
-    told = health(job.trainer.nets, job.trainer.teacher, batch)
+    told = look(job.trainer.nets, job.trainer.teacher, batch)
     return {f"health/{name}": value for name, value in told.items()}
 
 
@@ -586,20 +708,28 @@ class Due:
         return every > 0 and (self.step % every == 0 or self.step == self.last)
 
 
-def _save(job: Job, seconds: float, best: Best | None) -> None:
+def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Monitor) -> None:
     state = {
         "trainer": job.trainer.state_dict(),
         "seconds": seconds,
         "best": dataclasses.asdict(best) if best else None,
+        "log": folder.mark(log) if _first() else None,
+        "monitor": monitor.state(),
+        "micro_batches": job.recipe.micro_batches,
         "identity": job.identity,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    folder, step, keep = job.out / "checkpoints", job.trainer.step, job.recipe.keep
+    _store(job, "checkpoints", state, job.recipe.keep)
+
+
+def _store(job: Job, name: str, state: Mapping[str, Any], keep: int) -> None:
+    """Write a checkpoint: each process its pieces, or the first one everything."""
+    place, step = job.out / name, job.trainer.step
     if job.trainer.sharded:
-        _shards().save(folder, step, state, keep)
+        _shards().save(place, step, state, keep)
     elif _first():
-        checkpoint.save(folder, step, state, keep)
+        checkpoint.save(place, step, state, keep)
 
 
 def _shards() -> Any:
@@ -609,7 +739,7 @@ def _shards() -> Any:
     return shards
 
 
-def _load(job: Job, path: Path) -> dict[str, Any]:
+def load_state(job: Job, path: Path) -> dict[str, Any]:
     """The state in a checkpoint of any number of processes."""
     if job.trainer.sharded or not (path / "state.safetensors").exists():
         state: dict[str, Any] = _shards().load(path, {"trainer": job.trainer.state_dict()})
@@ -617,41 +747,34 @@ def _load(job: Job, path: Path) -> dict[str, Any]:
     return checkpoint.read(path)
 
 
-def _resume(job: Job, tell: Tell) -> tuple[float, Best | None]:
-    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken so far and its best step."""
-    state = checkpoint.load_newest(job.out / "checkpoints", tell, functools.partial(_load, job))
+def _resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
+    """Bring the trainer to the newest good checkpoint; the seconds that the run has taken, its best step and health."""
+    state = checkpoint.load_newest(job.out / "checkpoints", tell, functools.partial(load_state, job))
     if state is None:
         if _first():
             (job.out / "log.jsonl").unlink(missing_ok=True)
-        return 0.0, None
+        return 0.0, None, Monitor()
     if state["identity"] != job.identity:
         raise ValueError(f"out: {job.out} was begun with another teacher or data set of the same name")
     for name, was, now in (
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),
+        ("micro_batches", state.get("micro_batches", job.recipe.micro_batches), job.recipe.micro_batches),
     ):
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")
     job.trainer.load_state_dict(state["trainer"])
+    wait_for_all()  # others may still read the log that is cut now
     if _first():
-        _trim_log(job.out / "log.jsonl", job.trainer.step)
+        folder.cut_log(job.out / "log.jsonl", job.trainer.step, state.get("log"), tell)
+    wait_for_all()
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
-    return float(state["seconds"]), Best(**state["best"]) if state.get("best") else None
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop rows behind the checkpoint, and a last row that a crash cut short: these steps are played again."""
-    if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        write_atomically(path, "".join(row + "\n" for row in rows))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    best = Best(**state["best"]) if state.get("best") else None
+    if best is not None and best.step < job.trainer.step and not artifact.is_whole(job.best_file):
+        tell(f"{job.best_file}: damaged or missing; the best of the coming steps takes its place")
+        best = None
+    return float(state["seconds"]), best, Monitor.of(state["monitor"]) if "monitor" in state else Monitor()
 
 
 def _draw(job: Job) -> None:
@@ -666,9 +789,9 @@ def _draw(job: Job) -> None:
     drawn = latents(job.recipe.evaluate.seed, range(VALIDATION, VALIDATION + (2000 if tiny else 80)), shape, classes)
     picture = overview(generate(sampler, drawn, classes), 16, 3 * job.trainer.teacher.sigma_data)
     if picture is not None:
-        folder = job.out / "samples"
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"step-{job.trainer.step:09d}.png", png(picture))
+        place = job.out / "samples"
+        place.mkdir(exist_ok=True)
+        write_atomically(place / f"step-{job.trainer.step:09d}.png", png(picture))
 
 
 def _watch(job: Job) -> dict[str, float]:
@@ -698,6 +821,8 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
     if "method" in old and not any((out / "checkpoints").glob("ckpt-*")):
         return  # nothing was made by the old settings
     changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]
+    if changed and path.name in folder.damaged(out):
+        raise ValueError(f"{path}: damaged ({', '.join(changed)}); the model's file holds the recipe too")
     if changed:
         raise ValueError(f"out: {out} holds a run with other settings ({', '.join(changed)}); choose another folder")
     if table["steps"] < old["steps"]:
@@ -711,43 +836,6 @@ def _resolved(table: dict[str, Any]) -> dict[str, Any]:
         return config.to_table(config.resolve(table, known))
     except ValueError:
         return table
-
-
-class Stop:
-    """Which signal has asked the run to stop, 0 for none."""
-
-    signum = 0
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum == signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the end of the step
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM end the run after the current step. Other threads than the main one cannot set handlers."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep a second process out of the folder. The lock ends with the process, however it ends."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: {out} is in use by another run") from None
-        yield
 
 
 def _class_of(value: object) -> str:

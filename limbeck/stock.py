@@ -5,6 +5,7 @@ They lie in the run folder in parts, each written whole, so that an interrupted 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def teacher_pairs(
         x = _read(path)
         if x is None or x.shape != asked.z.shape:
             x = generate(lambda z, cond: heun(teacher, z, steps, cond=cond), asked, teacher.classes)
-            write_atomically(path, safetensors.torch.save({"x": x}))
+            write_atomically(path, safetensors.torch.save({"x": x}, {"sha256": _hash(x)}))
         drawn(min(count, start + PART))
         return Pairs(asked.z, x, cond)
 
@@ -62,6 +63,12 @@ def teacher_pairs(
 def _read(path: Path) -> torch.Tensor | None:
     """The samples of a part; None if it is missing or damaged."""
     try:
-        return safetensors.torch.load_file(str(path)).get("x")
+        with safetensors.safe_open(str(path), "pt") as file:
+            x: torch.Tensor = file.get_tensor("x")
+            return x if (file.metadata() or {}).get("sha256") == _hash(x) else None
     except (OSError, safetensors.SafetensorError):
         return None
+
+
+def _hash(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

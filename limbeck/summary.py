@@ -77,7 +77,7 @@ def _judge(
         return _judge(settings.data, dataclasses.replace(settings, data=None), target, size, shapes)
     if settings.reference is not None or settings.data is not None:
         if settings.features is None:
-            raise ValueError("evaluate.features: a reference needs a feature network")
+            raise ValueError("evaluate.features: a reference needs a feature network (pixels is one)")
         if settings.reference is not None:
             return read_judge(Path(settings.reference), settings.features, settings.quantize)
         samples = data.load(settings.data or "", size)
@@ -165,6 +165,7 @@ def conclude(
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
+        "warnings": [row for row in rows if "warning" in row],
         "hashes": {
             "teacher" if recipe.teacher else "data": job.identity,
             job.product: artifact.fingerprint(model),
@@ -185,7 +186,10 @@ def conclude(
     if rank_and_world()[0] != 0:
         return result
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
-    write_atomically(job.out / "report.html", report.render(result, panels, [r for r in rows if "metrics" not in r]))
+    write_atomically(
+        job.out / "report.html",
+        report.render(result, panels, [r for r in rows if not {"metrics", "warning"} & r.keys()]),
+    )
     for line in table_lines(result):
         tell(line)
     tell(f"report: {job.out / 'report.html'}")

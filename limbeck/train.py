@@ -31,7 +31,16 @@ Source = Callable[[int, int], Iterable[Batch]]
 
 
 class NonFinite(ArithmeticError):
-    """A loss or gradient was NaN or Inf. The update was not applied: weights are those of the step before."""
+    """A loss or gradient was NaN or Inf. The update was not applied: weights are those of the turn before.
+
+    Attributes:
+        turn: index of the turn in its step.
+        losses: per sample (B,).
+    """
+
+    def __init__(self, message: str, turn: int, losses: Tensor) -> None:
+        super().__init__(message)
+        self.turn, self.losses = turn, losses
 
 
 class Trainer:
@@ -53,6 +62,7 @@ class Trainer:
         sharded: whether the players' weights are split.
         step: steps taken.
         images: samples of the product's turns so far; of a step in which it rests, those of the last turn.
+        rate_factor: on all learning rates; below 1 once a run has gone back to an earlier step.
     """
 
     def __init__(
@@ -89,6 +99,7 @@ class Trainer:
         self.optimizers = {name: s.build(_groups(self.nets[name])) for name, s in settings.items()}
         self.exchanges = {name: Exchange(self.nets[name].parameters()) for name in settings}
         self.step = self.images = 0
+        self.rate_factor = 1.0
 
     def advance(self, source: Source) -> dict[str, Tensor]:
         """One step: all turns of the objective.
@@ -104,7 +115,7 @@ class Trainer:
         for index, turn in enumerate(self.objective.turns(self.step, self.images)):
             if turn.when is not None and not turn.when(self.nets):
                 continue
-            count = self._play(index, turn, source(self.step, index), told)
+            count = self.play(index, turn, source(self.step, index), told)
             if self.objective.product in turn.players:
                 images += count
         if images:
@@ -116,7 +127,7 @@ class Trainer:
         self.images += images or count
         return told
 
-    def _play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
+    def play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
         players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
         micro = list(batches)
         own = sum(len(batch.z) for batch in micro)
@@ -143,12 +154,14 @@ class Trainer:
             raise NonFinite(
                 f"the turn of {key} at step {self.step} (seed {self.seed}) gave a loss of {loss.item():g}{where} and "
                 f"gradient norms of {', '.join(f'{norm.item():g}' for norm in norms.values())}; "
-                "the update was not applied"
+                "the update was not applied",
+                index,
+                torch.cat(losses),
             )
         for name, player in players.items():
             if self.clip is not None:
                 torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).clamp(max=1))
-            rate = self.settings[name].rate(self.step, self.steps)
+            rate = self.rate_factor * self.settings[name].rate(self.step, self.steps)
             for group in self.optimizers[name].param_groups:
                 group["lr"] = rate
             self.optimizers[name].step()
@@ -193,6 +206,7 @@ class Trainer:
         return {
             "step": self.step,
             "images": self.images,
+            "rate_factor": self.rate_factor,
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "ema": self.ema.state_dict(),
             "optimizers": {name: _moments(self.nets[name], optimizer) for name, optimizer in self.optimizers.items()},
@@ -206,6 +220,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             _restore(name, self.nets[name], optimizer, state["optimizers"][name])
         self.step, self.images = int(state["step"]), int(state["images"])
+        self.rate_factor = float(state.get("rate_factor", 1.0))  # runs begun before it was there go on
 
 
 def _groups(player: nn.Module) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import test_methods
 import torch
 from torch import Tensor
 
-from limbeck import checkpoint, shards
+from limbeck import checkpoint, replay, shards
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -118,6 +118,51 @@ def test_a_killed_process_ends_the_job_and_the_command_goes_on(tmp_path: Path) -
     assert alone.returncode == 0, alone.stderr[-2000:]
     assert f"continuing at step {step + 20}" in alone.stderr
     assert json.loads(alone.stdout)["processes"] == 1
+
+
+KEYS = (
+    "--batch 15 --template.network mlp --template.width 16 --template.depth 1 --warm_start 0 --every.log 0 "
+    "--every.sample 0 --evaluate.samples 40 --evaluate.teacher_steps 3 --threads 1"
+)
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_nan_on_several_processes_is_replayed_on_one(sharded: str, tmp_path: Path) -> None:
+    """Shares of 8 and 7 samples: all processes stop, the turn is kept whole, and one process finds the same losses."""
+    out = tmp_path / "run"
+    keys = f"--method diff_instruct --sharded {sharded} --steps 9 --optimizer.generator.lr 1e30 {KEYS}"
+    command = [sys.executable, *LAUNCH, "-m", "limbeck", "distill", "exact:ring8", *keys.split(), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIMBECK_TIMEOUT": "20"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 1 and f"`limbeck replay {out}` says where" in done.stderr, done.stderr[-2000:]
+    assert shards.is_split(next((out / "nonfinite").glob("ckpt-*"))) == (sharded == "true")
+    found = replay.replay(out, print)
+    assert found.reproduced and found.count == 15 and found.samples and found.origin
+
+
+def test_signals_end_several_processes_and_none_is_lost(tmp_path: Path) -> None:
+    """SIGTERM for the job reaches its processes in different steps; all save the same one."""
+    out = tmp_path / "run"
+    command = [
+        sys.executable, *LAUNCH, "-m", "limbeck", "distill", "exact:ring8", *KEYS.split(), "--steps", "1000000",
+        "--every.save", "0", "--every.evaluate", "50", "--out", str(out),
+    ]  # fmt: skip
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 100
+    while "metrics" not in _text(out / "log.jsonl") and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode not in (0, 2), error[-2000:]
+    (left,) = (out / "checkpoints").glob("ckpt-*")
+    step = int(left.name[5:])
+    assert f"stopped at step {step}, saved" in error and step >= 50
+    state = checkpoint.read(left)
+    assert state["trainer"]["step"] == step
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def test_the_audit_sees_pickles() -> None:

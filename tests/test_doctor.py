@@ -329,6 +329,27 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, tiny: dict[s
     assert not (tmp_path / "r").exists()
 
 
+def test_of_a_very_slow_network_only_finiteness_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_pace", lambda denoiser: 0.7)  # EDM's CIFAR-10 network on two cores
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: pytest.fail("has no time for this"))
+    said: list[str] = []
+    calls: list[int] = []
+
+    def counted(clean: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(len(clean))
+        return clean
+
+    teacher = Bent(counted, inner=Gaussian([0.0, 0.0], 0.5))
+    cache = tmp_path / "doctor.json"
+    kept = doctor.preflight(teacher, cache, "one", said.append)
+    assert kept is not None and len(said) == 1 and "for NaN and Inf only" in said[0]
+    assert sum(calls) * 0.7 <= doctor.QUICK
+    cache.write_text(kept)
+    assert doctor.preflight(teacher, cache, "one", said.append) is None
+    with pytest.raises(ValueError, match="teacher: NaN or Inf above sigma 29"):
+        doctor.preflight(Bent(nan_above_30, inner=Gaussian([0.0, 0.0], 0.5)), tmp_path / "none", "two", said.append)
+
+
 def test_a_slow_network_gets_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter((0.0, 8.0))
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(times))

@@ -579,6 +579,17 @@ def test_scores_get_worse_with_the_samples(
         assert values == sorted(values) and values[0] < values[-1], (name, values)
 
 
+def test_pixels_are_a_feature_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reference", "digits", "--features", "pixels", "--out", str(tmp_path / "r.npz")]) == 0
+    place = ["--reference", str(tmp_path / "r.npz"), "--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", "digits@2", "--samples", "50", "--features", "pixels", *place]) == 0
+    (row,) = json.loads((tmp_path / "out" / "contest.json").read_text())["rows"]
+    assert row["metrics"]["fd_feature"] == pytest.approx(row["metrics"]["fd_pixel"], rel=1e-9)
+    assert "class_accuracy" not in row["metrics"] and row["metrics"]["kid"] > 0
+    assert cli.main(["evaluate", "digits@2", "--features", "digits", *place]) == 2
+    assert "made with the feature network" in capsys.readouterr().err
+
+
 def test_class_scores_in_closed_form(toy: ImageJudge) -> None:
     """100 images, 40, 30, 20 and 10 of the four classes, of which every tenth carries the next class's label."""
     wanted = torch.arange(4).repeat_interleave(torch.tensor([40, 30, 20, 10]))

@@ -35,6 +35,7 @@ from limbeck.methods.sds import SDS
 from limbeck.methods.sid import SiD
 from limbeck.methods.sida import SiDA
 from limbeck.methods.sim import SIM
+from limbeck.methods.uni_instruct import UniInstruct
 from limbeck.networks.mlp import MLP
 from limbeck.noise import LogNormal
 from limbeck.objective import Batch, Pairs
@@ -134,6 +135,16 @@ def test_sida_without_its_critic_is_sid() -> None:
 def test_squared_sim_is_twice_sid() -> None:
     feed, nets = batch(), players(SiD(), template())
     same(slope(SIM(distance="squared"), nets, feed), 2 * slope(SiD(alpha=1.0, normalizer="none"), nets, feed))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_before_its_gate_uni_instruct_is_the_reverse_kl(name: str) -> None:
+    """h is a constant then, whose gradient has no third term."""
+    feed, start = batch(), template()
+    method = UniInstruct(divergence=name, game=Game(adversarial=Adversarial(weight=0.1, after=10)))
+    nets = players(method, start)
+    h = float(DIVERGENCES[name].h(torch.ones(())))
+    same(slope(method, nets, feed, judged=False), h * slope(UniInstruct(divergence="reverse_kl"), nets, feed))
 
 
 def test_any_method_takes_a_critic() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import edm_files
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -372,6 +373,11 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tiny_keys: list[str]) 
     assert cli.main(["distill", "teacher", "--method", "sid", "--out", "run", "--steps", "1", "--batch", "2"]) == 0
     assert cli.main(["distill", "edm:net.pkl", "--method", "pid", "--out", "run2", *keys]) == 0
     assert isinstance(limbeck.load("run"), OneStep) and isinstance(limbeck.load("run2"), Trajectory)
+    np.savez("real.npz", x=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 2), dtype=np.uint8))
+    keys = ["--data", "real.npz", "--features", "pixels", "--samples", "20", "--teacher_steps", "3"]
+    assert cli.main(["evaluate", "student", "teacher", *keys, "--out", "scores"]) == 0
+    scores = json.loads(Path("scores/contest.json").read_text())
+    assert {row["nfe"] for row in scores["rows"]} == {1, 5}
     assert not CANARY.exists()
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import tomllib
 from collections.abc import Callable
@@ -100,14 +101,14 @@ def snapshot(out: Path) -> dict[str, bytes]:
 
 def at_step(patched: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
     """Do `action` in the middle of step `step` (from 1), before its turn is played."""
-    real = Trainer._play
+    real = Trainer.play
 
     def play(self: Trainer, *args: Any) -> Any:
         if self.step == step - 1:
             action()
         return real(self, *args)
 
-    patched.setattr(Trainer, "_play", play)
+    patched.setattr(Trainer, "play", play)
 
 
 def kill_self(signum: int) -> Callable[[], None]:
@@ -126,7 +127,8 @@ def no_training(patched: pytest.MonkeyPatch) -> None:
 
 def test_files(whole: Path) -> None:
     assert sorted(p.name for p in whole.iterdir() if not p.name.startswith(".")) == [
-        "checkpoints", "generator.safetensors", "log.jsonl", "recipe.toml", "report.html", "report.json",
+        "checkpoints", "generator.safetensors", "log.jsonl", "manifest.json", "recipe.toml", "report.html",
+        "report.json",
     ]  # fmt: skip
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["ckpt-000000005", "ckpt-000000006"]
 
@@ -267,11 +269,74 @@ def test_interrupted_at_every_step_of_one_run(tmp_path: Path, distill: Any, ends
     ends_equal(tmp_path / "r")
 
 
-def test_a_signal_in_the_last_step_does_not_stop_it(tmp_path: Path, distill: Any, ends_equal: Any) -> None:
+def test_a_signal_in_the_last_step_stops_before_the_scores(tmp_path: Path, distill: Any, ends_equal: Any) -> None:
     with pytest.MonkeyPatch.context() as patched:
         at_step(patched, STEPS, kill_self(signal.SIGTERM))
+        with pytest.raises(Stopped, match=f"stopped at step {STEPS}"):
+            distill(tmp_path / "r")
+    with pytest.MonkeyPatch.context() as patched:
+        no_training(patched)
         distill(tmp_path / "r")
     ends_equal(tmp_path / "r")
+
+
+@pytest.mark.parametrize("place", ["watched", "scored"])
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
+    tmp_path: Path, distill: Any, ends_equal: Any, whole: Path, place: str
+) -> None:
+    """An evaluation that was cut short is made on resuming: the same rows, the same best step."""
+    every = {"evaluate": 2, "save": 4, "log": 1, "sample": 0}
+    distill(tmp_path / "whole", every=every)
+    module, name = {"watched": (run, "measure"), "scored": (summary, "measure")}[place]
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("waited")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, name, measure)
+        with pytest.raises(Stopped, match=f"stopped at step {2 if place == 'watched' else STEPS}") as caught:
+            distill(tmp_path / "r", every=every)
+    assert caught.value.code == 143
+    distill(tmp_path / "r", every=every)
+    for key in ("history", "best"):
+        assert without_time(report(tmp_path / "r").get(key)) == without_time(report(tmp_path / "whole").get(key))
+    assert (tmp_path / "r" / "checkpoints" / f"ckpt-{STEPS:09d}" / "state.safetensors").read_bytes() == (
+        tmp_path / "whole" / "checkpoints" / f"ckpt-{STEPS:09d}" / "state.safetensors"
+    ).read_bytes()
+
+
+def without_time(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_time(v) for v in value]
+    return {k: v for k, v in value.items() if k != "seconds"} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.toml", "log.jsonl", "report.json", "report.html", "generator.safetensors", "manifest.json"]
+)
+def test_a_damaged_file_of_a_finished_run_is_named_and_made_again(
+    tmp_path: Path, whole: Path, distill: Any, name: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "r")
+    path = tmp_path / "r" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    told = Told()
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            no_training(patched)
+            distill(tmp_path / "r", tell=told)
+    except ValueError as error:
+        told.append(str(error))
+        assert name == "recipe.toml"
+    else:
+        assert (tmp_path / "r" / "generator.safetensors").is_file()
+        again = Told()
+        distill(tmp_path / "r", tell=again)
+        assert again.has("finished") and again.has("rows that can be read are kept") == (name == "log.jsonl")
+    assert told.has("damaged") and (told.has(name) or name == "manifest.json")  # which then contradicts another file
 
 
 def test_the_second_interrupt_does_not_wait(tmp_path: Path, distill: Any, ends_equal: Any) -> None:
@@ -495,7 +560,6 @@ def test_micro_batches_are_one_batch(tmp_path: Path, distill: Any, weights: Any)
         ({"method": {"name": "pid", "levels": {"sigma_max": 40}}}, "method.levels.sigma_max"),
         ({"batch": 9}, "batch"),
         ({"seed": 1}, "seed"),
-        ({"micro_batches": 2}, "micro_batches"),
         ({"clip": 1.0}, "clip"),
         ({"keep": 3}, "keep"),
         ({"optimizer": {"generator": {"lr": 1e-5}}}, "optimizer.generator.lr"),
@@ -510,6 +574,38 @@ def test_a_changed_recipe_is_refused(whole: Path, distill: Any, keys: dict[str, 
         distill(whole, **keys)
     assert f"({named})" in str(caught.value)
     assert snapshot(whole) == before
+
+
+def test_micro_batches_may_change_and_that_is_told(tmp_path: Path, distill: Any, weights: Any, whole: Path) -> None:
+    keys = {"template": {"network": "mlp", "width": 8, "depth": 1}}
+    distill(tmp_path / "whole", **keys)
+    with pytest.MonkeyPatch.context() as patched:
+        at_step(patched, 3, kill_self(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            distill(tmp_path / "r", **keys)
+    told = Told()
+    distill(tmp_path / "r", micro_batches=4, tell=told, **keys)
+    assert [line for line in told if line.startswith("micro_batches: ")] == [
+        "micro_batches: 1 before, 4 now; results will not be bit-equal to an uninterrupted run"
+    ]
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "r")[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["threads", "versions"])
+def test_other_threads_or_versions_are_told(tmp_path: Path, distill: Any, name: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        at_step(patched, 3, kill_self(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            distill(tmp_path / "r")
+    told = Told()
+    with pytest.MonkeyPatch.context() as patched:
+        if name == "threads":
+            patched.setattr(torch, "get_num_threads", lambda: 5)
+        else:
+            patched.setattr(run, "versions", lambda: {"torch": "9"})
+        distill(tmp_path / "r", tell=told)
+    assert sum(line.startswith(f"{name}: ") and "not be bit-equal" in line for line in told) == 1
 
 
 def test_fewer_steps_are_refused(whole: Path, distill: Any) -> None:
@@ -602,7 +698,7 @@ def test_lock(tmp_path: Path, distill: Any, ends_equal: Any) -> None:
     with pytest.MonkeyPatch.context() as patched:
         at_step(patched, 3, second)
         distill(tmp_path / "r")
-    # `_play` of the second run is never reached, so the first one asks once
+    # `play` of the second run is never reached, so the first one asks once
     assert len(refusals) == 1 and refusals[0].startswith("out: ")
     ends_equal(tmp_path / "r")
 

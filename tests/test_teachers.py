@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, cli, networks, teachers
+from limbeck import artifact, cli, features, networks, teachers
 from limbeck.denoiser import Preconditioned, Rescaled
 from limbeck.exact import Gaussian
 from limbeck.networks.unet2d import UNet2D
+from limbeck.sample import heun
 from limbeck.schedule import VP, Alphas, described, named
+from limbeck.source import one_hot
 from limbeck.teachers import own, pipeline
 
 SMALL: dict[str, Any] = {
@@ -409,3 +411,15 @@ def test_a_recipe_may_not_name_a_class(tmp_path: Path, capsys: pytest.CaptureFix
         (tmp_path / "r.toml").write_text(f'teacher = "exact:gaussian"\n{text}\n')
         assert cli.main(["distill", str(tmp_path / "r.toml"), "--out", str(tmp_path / "r")]) == 2
         assert "network" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_the_fashion_teacher_makes_what_it_is_asked_for() -> None:
+    """At least 85% of 10,000 samples were classified right when it was bundled; 100 of fewer steps come near."""
+    card = artifact.read_card(artifact.locate("fashion", "denoiser"))
+    assert card["scores"]["class_accuracy"] >= 0.85 and card["scores"]["nfe"] == 35
+    teacher, classifier = teachers.load("fashion"), features.load("fashion")
+    wanted = torch.arange(100) % 10
+    z = torch.randn(100, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = heun(teacher, z, 9, cond=one_hot(wanted, 10))
+        assert (classifier.logits(x).argmax(1) == wanted).float().mean() > 0.7

@@ -16,14 +16,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 from torch import nn
 
+from limbeck import artifact, config, folder, methods, resources, run
 from limbeck.compare import compare
 from limbeck.data import Data
 from limbeck.evaluate import ImageJudge, Reference, measure
 from limbeck.evaluate.draws import latents
 from limbeck.files import write_atomically
+from limbeck.health import Looks
 from limbeck.machine import commit, machine, peak_memory_mib, versions
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +116,65 @@ def evaluated(samples: int, width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def survived() -> dict[str, Any]:
+    """The long form of `make faults`: what a run, its files and its user's input may meet without harm."""
+    rows = {row.fault: row for row in faults.play(faults.SIZES["long"], list(faults.FAULTS), print)}
+    killed = sum(row.injected for name, row in rows.items() if name.startswith("kill"))
+    damaged, malformed = (rows[name].injected for name in ("damaged files", "malformed input"))
+    bad = {name: sum(getattr(row, name) for row in rows.values()) for name in ("wrong", "tracebacks", "executed")}
+    lost = max(row.lost for row in rows.values())
+    return {
+        **faults.summary(list(rows.values())),
+        "checks": [
+            (f"{killed} kills >= 200, over {len(methods.METHODS)} methods", killed >= 200),
+            (f"{damaged} corruptions >= 500", damaged >= 500),
+            (f"{malformed:,} malformed inputs >= 5,000", malformed >= 5000),
+            (f"{lost} steps lost at most <= {faults.SAVE}, the save interval", lost <= faults.SAVE),
+            *((f"{name}: {count}", count == 0) for name, count in bad.items()),
+        ],
+    }
+
+
+def safety_cost() -> dict[str, Any]:
+    """What checkpoints, hashes, monitors and the estimate of memory take of the demo's processor time."""
+    spent: dict[str, float] = {}
+
+    def timed(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.process_time() - began
+
+        return call
+
+    places: dict[str, list[tuple[Any, str]]] = {
+        "checkpoints": [(run, "_save")],
+        "hashes": [(folder, "seal"), (folder, "damaged"), (artifact, "check")],
+        "monitors": [(run, "_looks"), (Looks, "look")],
+        "estimate": [(resources, "measure")],
+    }
+    real = {(place, name): getattr(place, name) for pairs in places.values() for place, name in pairs}
+    try:
+        for what, pairs in places.items():
+            for place, name in pairs:
+                setattr(place, name, timed(what, real[place, name]))
+        recipe = config.resolve(config.read_toml(ROOT / "recipes" / "digits-pid.toml"), methods.METHODS)
+        with tempfile.TemporaryDirectory() as out:
+            began = time.process_time()
+            run.run_distillation(recipe, Path(out) / "demo", print)
+            total = time.process_time() - began
+    finally:
+        for (place, name), function in real.items():
+            setattr(place, name, function)
+    share = sum(spent.values()) / total
+    return {
+        "seconds": total, "spent": spent, "share": share, "versions": versions(), "machine": machine(),
+        "commit": commit(), "checks": [(f"{100 * share:.2f}% of the demo's time < 3%", share < 0.03)],
+    }  # fmt: skip
+
+
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-ring8": lambda: compared("pid-ring8", ring8),
     "score-ring8": lambda: compared("score-ring8", ring8),
@@ -121,6 +183,8 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-trend-ring8": lambda: compared("pid-trend-ring8", trend),
     "pid-trend-digits": lambda: compared("pid-trend-digits", trend),
     "evaluation-memory": evaluation_memory,
+    "faults": survived,
+    "safety-cost": safety_cost,
 }
 
 

@@ -16,7 +16,14 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "Start": ["README.md"],
-    "Use": ["docs/import.md", "docs/teachers.md", "docs/evaluation.md", "docs/export.md", "docs/cost.md"],
+    "Use": [
+        "docs/import.md",
+        "docs/teachers.md",
+        "docs/evaluation.md",
+        "docs/export.md",
+        "docs/cost.md",
+        "docs/reliability.md",
+    ],
     "Methods": ["docs/score-family.md", "docs/pid.md"],
     "One page each": ["docs/methods/*.md"],
     "Build": ["docs/add-a-method.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"],

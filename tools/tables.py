@@ -5,6 +5,8 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     ledger    where a method's paper, code and file differ, from its module's docstring
     fields    a method's settings, from its class
     cost      a part of results/cost.json
+    faults    what `make faults` or `make accept` injected, and what became of it
+    safety    what a run's safety takes of its time
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from typing import Any
 from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|ledger|fields|cost):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|ledger|fields|cost|faults|safety):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
@@ -48,11 +50,6 @@ def table(name: str) -> str:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
     seeds, images = rows[0]["seeds"], rows[0]["images"]
     facts = {"seeds": f"{seeds} seed{'s' if seeds > 1 else ''}", "images": f"{images:,} images"}
-    where = result["machine"]
-    known = result["commit"] or "unknown"
-    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
-    torch = f"torch {result['versions']['torch']}"
-    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return "\n".join(
         [
             f"{', '.join([result['metric'], *(facts[key] for key in ('seeds', 'images') if key in hidden)])}:",
@@ -61,10 +58,18 @@ def table(name: str) -> str:
             line(["---"] * len(keys)),
             *(line([cell(row.get(key)) for key in keys]) for row in rows),
             "",
-            f"*{', '.join((commit, torch, where['processor'], threads))}.*",
+            f"*{origin(result)}.*",
             "",
         ]
     )
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Where a result was measured."""
+    where, known = result["machine"], result["commit"] or "unknown"
+    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    return ", ".join((commit, f"torch {result['versions']['torch']}", where["processor"], threads))
 
 
 def ledger(method: str) -> str:
@@ -164,7 +169,35 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-KINDS = {"results": table, "ledger": ledger, "fields": fields, "cost": cost}
+def injected(name: str) -> str:
+    """The Markdown table of results/NAME.json as tools/faults.py writes it."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
+    heads = {
+        "fault": "fault", "injected": "injected", "continued": "runs that went on", "lost": "steps lost at most",
+        "wrong": "wrong results", "tracebacks": "tracebacks", "executed": "code executed",
+    }  # fmt: skip
+    rows = [line([cell(row[key]) for key in heads]) for row in result["rows"]]
+    where = f"{result['methods']} methods, a checkpoint every {result['save_interval']} steps, {origin(result)}"
+    return "\n".join([line(list(heads.values())), line(["---"] * len(heads)), *rows, "", f"*{where}.*", ""])
+
+
+def safety(name: str) -> str:
+    """A sentence on results/NAME.json as tools/accept.py writes it."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
+    parts = ", ".join(f"{what} {100 * s / result['seconds']:.2f}%" for what, s in result["spent"].items())
+    return f"Of the demo's processor time: {100 * result['share']:.2f}% ({parts}).\n\n*{origin(result)}.*\n"
+
+
+KINDS = {
+    "results": table, "ledger": ledger, "fields": fields, "cost": cost, "faults": injected,
+    "safety": safety,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

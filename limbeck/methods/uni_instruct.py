@@ -22,7 +22,7 @@ ratio                  exp(logit) with its graph to x_sigma,       the code's ra
 ``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
                                                                    ``sida``
 gate                   the critic counts after 100,000 images;     ``game.adversarial.after``; the code: 200,000
-                       r = 1 before
+                       before, h(1) times the reverse KL
 ``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
                        ``sid``)
 =====================  ==========================================  ==================================================
@@ -146,13 +146,15 @@ class UniInstruct:
         weight = (
             l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(batch.u)
         )
+        at_one = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
         if self.as_released:
-            h = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
-            terms = -2 * h * per_sample((fake - real) * (fake - x))
+            terms = -2 * at_one * per_sample((fake - real) * (fake - x))
+        elif view.logits is None:
+            # no ratio yet: with h constant the gradient is the reverse KL's. The coefficients at r = 1 would not do:
+            # their third term repels the student from the data unless r falls as the scores say
+            terms = at_one * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
         else:
-            ratio = torch.ones_like(view.sigma)
-            if view.logits is not None:
-                ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
+            ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
             terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence)
         return weight * terms / teacher.unit**2 + self._game.adversarial_loss(view)
 
