@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -220,6 +221,7 @@ def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict
             one[name] = statistics.fmean(found[name]) if found[name] else None
             one[f"{name} spread"] = _spread(found[name])
             one[f"{name} floor"] = first.get("floor", {}).get("metrics", {}).get(name)
+        one["power of images"] = power(next(iter(history(group, metric).values()), []))
         seconds = statistics.fmean(row["seconds"] for row in group)
         told.append(
             {**one, "images": first["images"], "seconds": seconds, "ms per step": 1000 * seconds / first["steps"]}
@@ -244,18 +246,31 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def history(rows: list[dict[str, Any]], metric: str) -> dict[str, list[tuple[float, float]]]:
-    """(images, mean over seeds) of what was measured on the way, by settings."""
+def history(rows: list[dict[str, Any]], metric: str, over: str = "images") -> dict[str, list[tuple[float, float]]]:
+    """What was measured on the way, by settings: (x, y), both means over seeds, of every watched step.
+
+    Args:
+        over: what x is, "images" or "seconds".
+    """
     series = {}
     for key, group in _groups(rows).items():
-        found: dict[float, list[float]] = {}
+        found: dict[float, list[tuple[float, float]]] = {}
         for watched in (entry for row in group for entry in row.get("history", [])):
             if metric in watched["metrics"]:
-                found.setdefault(watched["images"], []).append(watched["metrics"][metric])
+                found.setdefault(watched["images"], []).append((watched[over], watched["metrics"][metric]))
         if found:
             label = ", ".join(str(value) for value in json.loads(key).values()) or "student"
-            series[label] = [(images, statistics.fmean(values)) for images, values in sorted(found.items())]
+            series[label] = [
+                (statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points))
+                for _, points in sorted(found.items())
+            ]
     return series
+
+
+def power(points: Sequence[tuple[float, float]]) -> float | None:
+    """The exponent a of y ~ x^a, by least squares of ln y on ln x; None for less than three positive points."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope if len(logs) > 2 else None
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -281,11 +296,17 @@ def page(result: Mapping[str, Any]) -> str:
                 lines=lines,
             )
         )
-    for name in (metric, *grid.get("also", [])):
-        series = history(result["rows"], name)
+    teachers_scores = result["rows"][0].get("teacher_scores", {}).get("metrics", {})
+    for name, over in itertools.product((metric, *grid.get("also", [])), ("images", "seconds")):
+        series = history(result["rows"], name, over)
         if series:
-            text = "Mean over seeds, on the noise and the fresh samples that watch a run."
-            panels.append(report.Curve(f"{name} over training", text, "images", name, series))
+            text = "Means over seeds, on the noise and the fresh samples that watch a run."
+            lines = {"teacher": teachers_scores[name]} if name in teachers_scores else {}
+            values = [y for points in series.values() for _, y in points]
+            decades = min(values) > 0 and max(values) > 5 * min(values)
+            panels.append(
+                report.Curve(f"{name} over {over}", text, over, name, series, log_x=True, log_y=decades, lines=lines)
+            )
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
     hashes = {row["name"]: row["hashes"] for row in result["rows"] if "hashes" in row}
     return report.render_comparison(result["title"], grid.get("intro", ""), table, panels, {**result, "hashes": hashes})

@@ -118,9 +118,11 @@ def r1_penalty(logits: Tensor, nudged_logits: Tensor) -> Tensor:
 
 
 class RatioScale(State):
-    """Brings a critic's ratio to E_fake[r] = 1 at every noise level, as the true ratio has it.
+    """Brings a critic's ratio down to E_fake[r] = 1 at every noise level, as the true ratio has it.
 
-    The mean of exp(logit) over fake samples is kept per bin of the time law's u, as a moving average over turns.
+    The mean of exp(logit) over fake samples is kept per bin of the time law's u, as a moving average over turns. A mean
+    below 1 is left: samples that have strayed from the data have a small ratio in truth, and one brought up to 1 would
+    tell them that they are where they should be.
 
     Args:
         bins: equal intervals of u.
@@ -149,7 +151,7 @@ class RatioScale(State):
             self.clipped += (logits.abs() > self.limit).sum()
             self.total.index_add_(0, bins, bounded.double().exp())
             self.count.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
-        return (bounded - self.mean[bins].log().to(logits.dtype)).exp()
+        return (bounded - self.mean[bins].clamp(min=1).log().to(logits.dtype)).exp()
 
     def commit(self) -> None:
         seen = self.count > 0

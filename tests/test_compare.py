@@ -64,7 +64,10 @@ def test_bad_grids(grid: dict[str, Any], line: str) -> None:
 
 def row(variant: str, seed: int, **metrics: float) -> dict[str, Any]:
     floor = {"metrics": {"mmd": 0.1, "mode_recall": 1.0}}
-    watched = [{"images": 100, "metrics": metrics}, {"images": 50, "metrics": {"mmd": 2.0}}]
+    watched = [
+        {"images": 100, "seconds": 1.0 + seed, "metrics": metrics},
+        {"images": 50, "seconds": 0.5, "metrics": {"mmd": 2.0}},
+    ]
     return {
         "settings": {"variant": variant, "seed": seed}, "student": {"metrics": metrics}, "floor": floor,
         "seconds": 2.0, "steps": 100, "images": 400, "history": watched,
@@ -86,10 +89,17 @@ def test_means_are_over_seeds() -> None:
     assert (b["student"], b["spread"], b["mode_recall"]) == (5.0, None, None)
     assert compare.history(rows, "mmd") == {"a": [(50, 2.0), (100, 2.0)], "b": [(50, 2.0), (100, 5.0)]}
     assert compare.history(rows, "mode_recall") == {"a": [(100, 0.75)]}
+    assert compare.history(rows, "mmd", "seconds")["a"] == [(0.5, 2.0), (1.5, 2.0)]
     page = compare.page(
         {"title": "t", "metric": "mmd", "grid": {"also": ["mode_recall"]}, "rows": rows, "summary": [a, b]}
     )
-    assert "mmd over training" in page and "mode_recall over training" in page
+    assert all(f"{name} over {unit}" in page for name in ("mmd", "mode_recall") for unit in ("images", "seconds"))
+
+
+def test_the_power_of_images_is_that_of_a_power_law() -> None:
+    points = [(float(x), 3 * x**-0.7) for x in (10, 200, 5000)]
+    assert compare.power(points) == pytest.approx(-0.7, abs=1e-12)
+    assert compare.power([*points, (1e6, 0.0)]) == pytest.approx(-0.7, abs=1e-12) and compare.power(points[:2]) is None
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)

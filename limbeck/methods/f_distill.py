@@ -11,7 +11,7 @@ also gets its adversarial loss. Several turns of the fake score go before one of
 switch                 default                                     what else
 =====================  ==========================================  ==================================================
 ``divergence``         ``jensen_shannon``, the paper's best        any of the table; ``reverse_kl`` is DMD2
-ratio                  per sample, brought to E_fake[r] = 1 in     the code clamps r to [0.1, 20] and also divides h by
+ratio                  per sample, at most E_fake[r] = 1 in        the code clamps r to [0.1, 20] and also divides h by
                        bins of u; never divided by a batch mean    its batch mean
 ``weight``             ``dmd``: 1 / mean |x - D_real|              ``uniform``: 1
 ``game.adversarial``   softplus on features of the fake score      ``features = "teacher"``, as one public port has it
@@ -51,7 +51,7 @@ class FDistill:
         divergence: a key of `divergence.DIVERGENCES`; reverse_kl is DMD2.
         levels: law of the noise in the generator's turn.
         weight: uniform, or dmd.
-        ratio_bins: bins of u in which the ratio is brought to mean 1.
+        ratio_bins: bins of u in which the ratio is brought down to mean 1.
         game: what methods with a fake score share; its critic gives the ratio.
     """
 

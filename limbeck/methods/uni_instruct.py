@@ -17,7 +17,7 @@ switch                 default                                     what else
 ``divergence``         ``jensen_shannon``                          any of the table; all but ``reverse_kl`` need the
                                                                    critic, which reads real samples
 ratio                  exp(logit) with its graph to x_sigma,       the code's ratio is L / (L - 1) of a loss L in the
-                       brought to E_fake[r] = 1 in bins of u       hundreds; ``as_released`` leaves that 1 and detaches
+                       at most E_fake[r] = 1 in bins of u          hundreds; ``as_released`` leaves that 1 and detaches
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
 ``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
                                                                    ``sida``
@@ -88,7 +88,7 @@ class UniInstruct:
         as_released: the public code's form: the first term only, with h(1) constant.
         levels: law of the noise in the generator's turn.
         normalizer: l1, or none.
-        ratio_bins: bins of u in which the ratio is brought to mean 1.
+        ratio_bins: bins of u in which the ratio is brought down to mean 1.
         game: what methods with a fake score share; its critic gives the ratio. reverse_kl needs none: with an
             adversarial weight of 0 it has none, and no real samples are read.
     """
