@@ -32,7 +32,10 @@ VERBS = {
         "SOURCE [--untrained cifar10] [--repeats N] [--out FILE.json] [--other.KEY VALUE ...] [--KEY VALUE ...]",
         "measure what a recipe's step costs, or compare two settings",
     ),
-    "compare": ("GRID.toml --out DIR [--features F]", "run a grid of recipes and put their scores side by side"),
+    "compare": (
+        "GRID.toml --out DIR [--features F] [--workers N]",
+        "run a grid of recipes and put their scores side by side",
+    ),
     "export": (
         "FILE --to onnx|torch|diffusers|hub|web --out PATH [--runtime DIR] [--serve]",
         "write a generator in a form that other programs, or a browser, open",
@@ -294,6 +297,25 @@ class BenchOptions:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.out is not None:
             check_file(self.out)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of `limbeck compare`.
+
+    Attributes:
+        features: replaces evaluate.features of all runs, e.g. by a TorchScript file.
+        workers: cells that are played at the same time, each by a process of its own.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    features: str | None = None
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 1000:
+            raise ValueError(f"workers: must be 1 to 1,000, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -573,13 +595,13 @@ def _bench(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _compare(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import compare
+    from limbeck import compare, config
 
     out = _folder(keys.pop("out", None))
     as_json = keys.pop("json", None) == "true"
-    features = keys.pop("features", None)
-    _known(keys, ("features",))
-    _print_result(compare.compare(Path(_one(words, "GRID.toml")), out, _say, features), as_json)
+    options: CompareOptions = config.validate(CompareOptions, keys)
+    result = compare.compare(Path(_one(words, "GRID.toml")), out, _say, options.features, options.workers)
+    _print_result(result, as_json)
 
 
 def _export(words: list[str], keys: dict[str, Any]) -> None:
@@ -660,7 +682,7 @@ def _help(verb: str, method: str | None) -> None:
     """What a command does and, if it has any, its keys."""
     form, what = VERBS[verb]
     print(f"limbeck {verb} {form}".rstrip() + f"\n\n{what}\n")
-    if verb in ("distill", "teach", "sample", "export", "reference", "evaluate", "import", "doctor", "bench"):
+    if verb not in ("methods", "show", "replay"):
         from limbeck import manual
 
         manual.print_keys(verb, method)
@@ -668,8 +690,6 @@ def _help(verb: str, method: str | None) -> None:
         print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
     if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show", "bench", "replay"):
         print("--json                            print the result as JSON")
-    if verb == "compare":
-        print("--features F                      replaces evaluate.features of all runs, e.g. by a TorchScript file")
 
 
 ACTIONS: dict[str, Callable[[list[str], dict[str, Any]], None]] = {

@@ -28,14 +28,17 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from limbeck import config, methods, report, run, teachers
+from limbeck import config, folder, methods, report, run, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge, measure
@@ -47,10 +50,14 @@ from limbeck.sample import euler
 KEYS = ("title", "intro", "metric", "also", "x", "euler", "base", "variant", "grid")
 
 
-def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | None = None) -> dict[str, Any]:
+def compare(
+    path: Path, out: Path, tell: Callable[[str], None], features: str | None = None, workers: int = 1
+) -> dict[str, Any]:
     """Run the grid of the TOML file `path` in the folder `out`; write comparison.json and comparison.html there.
 
-    `features` replaces evaluate.features of all cells: a program may not be named in a file.
+    Args:
+        features: replaces evaluate.features of all cells: a program may not be named in a file.
+        workers: processes that play cells at the same time; set `threads` in the grid's base.
 
     Returns:
         The content of comparison.json.
@@ -66,6 +73,8 @@ def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | 
     cells = _cells(grid, path, features)
     judges = _checked(grid, path, out, cells)
     metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
+    if workers > 1:
+        _play_all([(recipe, out / name, name) for name, _, recipe in cells], workers, tell)
     rows: list[dict[str, Any]] = []
     solved: dict[str, dict[str, float]] = {}
     for number, (name, settings, recipe) in enumerate(cells, 1):
@@ -93,6 +102,30 @@ def compare(path: Path, out: Path, tell: Callable[[str], None], features: str | 
     write_atomically(out / "comparison.html", page(result))
     tell(f"comparison: {out / 'comparison.html'}")
     return result
+
+
+def _play_all(cells: Sequence[tuple[Recipe, Path, str]], workers: int, tell: Callable[[str], None]) -> None:
+    """Bring all cells to their end, several at a time. A stopped one keeps its place, as the others do."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with folder.signals() as stop:
+        stop.step = None
+        try:
+            begun = {pool.submit(_play, recipe, out): name for recipe, out, name in cells}
+            for number, future in enumerate(as_completed(begun), 1):
+                future.result()
+                tell(f"[{number}/{len(cells)}] {begun[future]} is finished")
+        except BrokenProcessPool:
+            raise ChildProcessError("a worker was lost (out of memory?); the same command continues") from None
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()  # each saves its cell
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _play(recipe: Recipe, out: Path) -> None:
+    run.run_distillation(recipe, out, lambda line: None)
 
 
 def _checked(

@@ -27,18 +27,27 @@ SEALED = ("recipe.toml", "log.jsonl", "report.json", "report.html", "*.safetenso
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved. `code` is the exit code: 130 for Ctrl-C, 143 for SIGTERM."""
+    """The run, or several of them (step None), was asked to stop, and has saved.
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped at step {step}, saved; the same command continues")
-        self.code = 128 + signum
+    Attributes:
+        code: the exit code: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, signum: int, step: int | None) -> None:
+        super().__init__(signum, step)  # as it is, so that it can come from another process
+        self.step, self.code = step, 128 + signum
+
+    def __str__(self) -> str:
+        where = "" if self.step is None else f" at step {self.step}"
+        return f"stopped{where}, saved; the same command continues"
 
 
 class Stop:
     """Which signal has asked the run to stop, 0 for none. It is obeyed at once, but not in the middle of a step."""
 
     def __init__(self) -> None:
-        self.signum = self.step = 0
+        self.signum = 0
+        self.step: int | None = 0
         self.patient = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:

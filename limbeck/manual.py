@@ -43,6 +43,7 @@ def _subjects(verb: str, method: str | None) -> list[tuple[Any, Any]]:
         "import": [cli.ImportOptions],
         "doctor": [cli.DoctorOptions],
         "bench": [cli.BenchOptions],
+        "compare": [cli.CompareOptions],
         "evaluate": [cli.EvaluateOptions, config.Evaluation],
     }
     return [(kind, tyro.MISSING_NONPROP) for kind in kinds[verb]]

@@ -39,8 +39,11 @@ class NonFinite(ArithmeticError):
     """
 
     def __init__(self, message: str, turn: int, losses: Tensor) -> None:
-        super().__init__(message)
+        super().__init__(message, turn, losses)  # as it is, so that it can come from another process
         self.turn, self.losses = turn, losses
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Trainer:

@@ -1,6 +1,10 @@
 """Comparisons: variants times grid, means over seeds, and the studies that the repository keeps."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +128,34 @@ def test_two_variants_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
     assert len(told["rows"][0]["history"]) == 2
     again = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)
     assert again["summary"] == told["summary"]
+
+
+def test_workers_make_what_one_process_makes(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, "threads": 1, **tiny}
+    text = config.dump_toml({"metric": "mmd", "base": base, "grid": {"seed": [0, 1, 2]}})
+    (tmp_path / "study.toml").write_text(text)
+    lines: list[str] = []
+    one = compare.compare(tmp_path / "study.toml", tmp_path / "one", lines.append)
+    two = compare.compare(tmp_path / "study.toml", tmp_path / "two", lines.append, workers=2)
+    assert [r["student"]["metrics"] for r in one["rows"]] == [r["student"]["metrics"] for r in two["rows"]]
+    assert "[3/3]" in "".join(lines) and sum("is finished" in line for line in lines) == 3
+
+
+def test_a_signal_ends_all_workers_and_the_comparison_goes_on(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, "threads": 1, **tiny}
+    base |= {"steps": 1_000_000, "every": {"log": 1, "save": 0, "sample": 0}}
+    grid = {"metric": "mmd", "base": base, "grid": {"seed": [0, 1]}}
+    (tmp_path / "study.toml").write_text(config.dump_toml(grid))
+    command = [sys.executable, "-m", "limbeck", "compare", "study.toml", "--out", "out", "--workers", "2"]
+    job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    logs = [tmp_path / "out" / f"seed_{seed}" / "log.jsonl" for seed in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(log.is_file() and log.stat().st_size for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    error = job.communicate(timeout=60)[1]
+    assert job.returncode == 143 and error.strip().endswith("stopped, saved; the same command continues"), error
+    assert all(list((log.parent / "checkpoints").glob("ckpt-*")) for log in logs)
 
 
 MISTAKES: dict[str, tuple[str, str]] = {

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from limbeck.denoiser import Denoiser, Preconditioned, expand
 from limbeck.ema import EMA, Average
 from limbeck.exact import Gaussian, Mixture
+from limbeck.folder import Stopped
 from limbeck.generator import Generator, OneStep, Trajectory
 from limbeck.methods.pid import PID
 from limbeck.networks.mlp import MLP
@@ -716,3 +718,11 @@ def test_exact_teachers_need_no_template_of_their_own() -> None:
     """A teacher may be exact while the student is a network."""
     run = Trainer(PID(N=20), Gaussian([0.0, 0.0], 0.5), template(), steps=1)
     assert torch.isfinite(run.advance(noise())["loss/generator"])
+
+
+def test_errors_of_runs_come_whole_from_other_processes() -> None:
+    lost = NonFinite("a loss of nan", 1, torch.tensor([1.0, math.nan]))
+    again = pickle.loads(pickle.dumps(lost))
+    assert str(again) == "a loss of nan" and again.turn == 1 and again.losses.isnan().tolist() == [False, True]
+    stopped = pickle.loads(pickle.dumps(Stopped(15, None)))
+    assert (str(stopped), stopped.code) == ("stopped, saved; the same command continues", 143)

@@ -97,7 +97,9 @@ def demo_time() -> dict[str, Any]:
 
 def compared(name: str, holds: Callable[[dict[str, Any]], list[tuple[str, bool]]]) -> dict[str, Any]:
     """The comparison of studies/NAME.toml, and what holds of it."""
-    result = compare(ROOT / "studies" / f"{name}.toml", ROOT / "runs" / "accept" / name, print)
+    result = compare(
+        ROOT / "studies" / f"{name}.toml", ROOT / "runs" / "accept" / name, print, workers=os.cpu_count() or 1
+    )
     return {**result, "checks": holds(result)}
 
 
