@@ -6,7 +6,8 @@ well it knows them. Six numbers, lower is better, most of them in the teacher's 
     size      ln of the samples' root mean square over the teacher's; 0 below it
     spread    ln of the teacher's mean distance between two samples over the generator's; 0 above it
     missing   share of teacher samples with no generator sample within the distance of their third neighbour
-    balance   half the l1 distance between the classes (or modes) of the generator's samples and of the teacher's
+    balance   half the l1 distance between the classes (or modes) of the generator's samples and of the teacher's; not
+              before most of the teacher's samples have neighbours, because the classes of noise mean nothing
     lag       how far the fake score's residual r = x - D_fake(x_sigma) is from what every exact denoiser has:
               E r = 0, and Tweedie's E r . x_sigma = 0. Both as correlations, so that the law does not matter
     runaway   for methods with alpha > 1: ln of the samples' variance over the teacher's, in units of
@@ -38,6 +39,7 @@ from limbeck.sample import heun
 
 LOOKED_AT = 2**20 + 1  # the turn under which the batches are drawn that the run looks at
 FEW, MANY = 64, 256  # samples that it looks at
+RECOGNISABLE = 0.5  # share of teacher samples that may be missing before a class says nothing
 RECENT = 21  # looks from which the scatter is learned
 
 Source = Callable[[int, int], Iterable[Batch]]
@@ -199,7 +201,7 @@ class Looks:
         if known > 1e-6 * float(_size(truth)):
             told["spread"] = math.log(max(1.0, known / max(apart, 1e-6 * known)))
             told["missing"] = _missing(truth.flatten(1), x.flatten(1))
-        if self.census is not None:
+        if self.census is not None and told.get("missing", 0.0) < RECOGNISABLE:
             told["balance"] = _imbalance(self.census(x), self.census(truth))
         if "fake" in nets and hasattr(method, "health"):
             told["lag"] = float(method.health(nets, teacher, batch)["lag"])
