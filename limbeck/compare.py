@@ -6,6 +6,7 @@ A grid file is TOML:
     metric = "fd_feature"              # what the curves show
     also = ["fd_pixel"]                # more metrics for the table (optional)
     x = "method.N"                     # the key along their horizontal axis (optional)
+    target = 1.2                       # tell the images and seconds until a run is within this factor of its teacher
     euler = true                       # score the teacher's Euler solver on each cell's grid beside the student (PID)
     [base]                             # recipe keys, as in a recipe file
     teacher = "digits"
@@ -38,7 +39,7 @@ from typing import Any
 
 from torch import Tensor
 
-from limbeck import config, folder, methods, report, run, teachers
+from limbeck import config, folder, methods, report, run, summary, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge, measure
@@ -47,7 +48,7 @@ from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
 
-KEYS = ("title", "intro", "metric", "also", "x", "euler", "base", "variant", "grid")
+KEYS = ("title", "intro", "metric", "also", "x", "target", "euler", "base", "variant", "grid")
 
 
 def compare(
@@ -77,6 +78,7 @@ def compare(
         _play_all([(recipe, out / name, name) for name, _, recipe in cells], workers, tell)
     rows: list[dict[str, Any]] = []
     solved: dict[str, dict[str, float]] = {}
+    known: dict[str, float] = {}
     for number, (name, settings, recipe) in enumerate(cells, 1):
         tell(f"[{number}/{len(cells)}] {name}")
         told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
@@ -87,6 +89,10 @@ def compare(
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
+        if "target" in grid:
+            key = json.dumps([recipe.teacher, config.plain(recipe.evaluate)])
+            known[key] = known.get(key) or _teachers_watched(recipe, judges[name])[metrics[0]]
+            row["reached"] = reached(row.get("history", []), metrics[0], grid["target"] * known[key])
         rows.append(row)
     result = {
         "title": grid.get("title", path.stem),
@@ -141,7 +147,9 @@ def _checked(
         if key in grid and not isinstance(grid[key], kind):
             wanted = "text" if kind is str else "true or false"
             raise ValueError(f"{path}: {key}: must be {wanted}, got {grid[key]!r}")
-    also, axis = grid.get("also", []), grid.get("x")
+    also, axis, target = grid.get("also", []), grid.get("x"), grid.get("target", 1.0)
+    if not isinstance(target, int | float) or isinstance(target, bool) or not target > 0:
+        raise ValueError(f"{path}: target: must be a positive factor on the teacher's score, got {target!r}")
     if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
         raise ValueError(f"{path}: also: must be a list of metrics, got {also!r}")
     shared: dict[str, Judge] = {}
@@ -234,6 +242,19 @@ class _EulerSampler:
         return euler(self.teacher, z, sigmas=self.levels, cond=cond)
 
 
+def _teachers_watched(recipe: Recipe, judge: Judge) -> dict[str, float]:
+    """What the teacher scores where a run's watched scores are from: as many samples, the same noise and reference."""
+    return summary.watched(teachers.load(recipe.teacher or ""), judge, recipe.evaluate)
+
+
+def reached(history: Sequence[Mapping[str, Any]], metric: str, level: float) -> dict[str, float] | None:
+    """Images and seconds at the first watched step at or below `level`; None if there is none."""
+    for row in history:
+        if row["metrics"].get(metric, math.inf) <= level:
+            return {"images": row["images"], "seconds": row["seconds"]}
+    return None
+
+
 def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Mean and standard deviation of the metrics over the seeds of equal settings; the first one's with anchors."""
     told = []
@@ -254,6 +275,12 @@ def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict
             one[name] = statistics.fmean(found[name]) if found[name] else None
             one[f"{name} spread"] = _spread(found[name])
             one[f"{name} floor"] = first.get("floor", {}).get("metrics", {}).get(name)
+        if any("reached" in row for row in group):
+            found_at = [row["reached"] for row in group if row.get("reached")]
+            one["reached"] = f"{len(found_at)} of {len(group)}"
+            for unit in ("images", "seconds"):
+                one[f"{unit} until"] = statistics.fmean(at[unit] for at in found_at) if found_at else None
+                one[f"{unit} until, spread"] = _spread([at[unit] for at in found_at])
         one["power of images"] = power(next(iter(history(group, metric).values()), []))
         seconds = statistics.fmean(row["seconds"] for row in group)
         told.append(

@@ -43,7 +43,7 @@ from limbeck import (
 from limbeck.config import Every, Real, Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.distributed import gather, largest, rank_and_world, wait_for_all
-from limbeck.evaluate import VALIDATION, Judge, measure
+from limbeck.evaluate import VALIDATION, Judge
 from limbeck.evaluate.draws import generate, latents
 from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.features import Classifier
@@ -795,14 +795,9 @@ def _draw(job: Job) -> None:
 
 
 def _watch(job: Job) -> dict[str, float]:
-    """Scores on the validation indices and the judge's separate half, from a quarter of the final samples."""
+    """The scores that steer the run."""
     assert job.judge is not None
-    settings = job.recipe.evaluate
-    sampler, nfe, shape, classes = summary.sampler_of(job.trainer.ema.whole(), settings.teacher_steps)
-    count = max(2, settings.samples // 4)
-    return measure(
-        sampler, nfe, job.judge.watching(), shape, classes, samples=count, seed=settings.seed, first=VALIDATION
-    ).metrics
+    return summary.watched(job.trainer.ema.whole(), job.judge, job.recipe.evaluate)
 
 
 def _check_folder(out: Path, table: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from limbeck import artifact, config, data, features, report, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import rank_and_world
-from limbeck.evaluate import ExactJudge, Judge, Scores, measure
+from limbeck.evaluate import VALIDATION, ExactJudge, Judge, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, latents
 from limbeck.evaluate.judge import bundled_judge, measured_judge, read_judge
 from limbeck.exact import Empirical, Gaussian, Mixture
@@ -221,6 +221,15 @@ def _scores(job: Job, model: nn.Module) -> Scores:
     s = job.recipe.evaluate
     sampler, nfe, shape, classes = sampler_of(model, s.teacher_steps)
     return measure(sampler, nfe, job.judge, shape, classes, samples=s.samples, draws=s.draws, seed=s.seed)
+
+
+def watched(model: nn.Module, judge: Judge, settings: Evaluation) -> dict[str, float]:
+    """Scores on the validation indices and the judge's separate half, from a quarter of the final samples."""
+    sampler, nfe, shape, classes = sampler_of(model, settings.teacher_steps)
+    count = max(2, settings.samples // 4)
+    return measure(
+        sampler, nfe, judge.watching(), shape, classes, samples=count, seed=settings.seed, first=VALIDATION
+    ).metrics
 
 
 def held_out_accuracy(classifier: Classifier, held_out: data.Data) -> float:

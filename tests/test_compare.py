@@ -100,6 +100,19 @@ def test_means_are_over_seeds() -> None:
     assert all(f"{name} over {unit}" in page for name in ("mmd", "mode_recall") for unit in ("images", "seconds"))
 
 
+def test_the_target_is_where_a_run_first_comes_near_its_teacher(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    rows = [{"images": n, "seconds": n / 10, "metrics": {"mmd": m}} for n, m in ((10, 0.9), (20, 0.4), (30, 0.5))]
+    assert compare.reached(rows, "mmd", 0.45) == {"images": 20, "seconds": 2.0}
+    assert compare.reached(rows, "mmd", 0.1) is None
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny, "every": {"evaluate": 3, "sample": 0}}
+    for target, told in ((1e3, "2 of 2"), (1e-3, "0 of 2")):
+        grid = {"metric": "mmd", "target": target, "base": base, "grid": {"seed": [0, 1]}}
+        (tmp_path / "study.toml").write_text(config.dump_toml(grid))
+        (row,) = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)["summary"]
+        assert row["reached"] == told
+        assert row["images until"] == (3 * tiny["batch"] if target > 1 else None)
+
+
 def test_the_power_of_images_is_that_of_a_power_law() -> None:
     points = [(float(x), 3 * x**-0.7) for x in (10, 200, 5000)]
     assert compare.power(points) == pytest.approx(-0.7, abs=1e-12)
@@ -159,6 +172,7 @@ def test_a_signal_ends_all_workers_and_the_comparison_goes_on(tmp_path: Path, ti
 
 
 MISTAKES: dict[str, tuple[str, str]] = {
+    "target": ('target = 0', "target: must be a positive factor"),
     "metric": ('metric = "fid"', "metric: seed_0 will not have 'fid'"),
     "also": ('also = ["mmdd"]', "metric: seed_0 will not have 'mmdd'"),
     "also as text": ('also = "mmd"', "also: must be a list"),
