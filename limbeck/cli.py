@@ -486,8 +486,10 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 
 def _sample(words: list[str], keys: dict[str, Any]) -> None:
     import numpy as np
+    import torch
 
     from limbeck import summary
+    from limbeck.distributed import gather, rank_and_world
     from limbeck.evaluate.draws import Latents, generate, latents
     from limbeck.files import write_atomically
     from limbeck.generator import Generator
@@ -499,14 +501,24 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     sampler, calls, shape, classes = summary.sampler_of(model, options.steps)
     if "steps" in keys and isinstance(model, Generator):
         raise Mistake(f"steps: belongs to teachers; {source} is a generator and takes {calls} network call(s)")
-    drawn = latents(options.seed, range(options.count), shape, classes)
+    rank, world = rank_and_world()
+    if options.count < world:
+        raise Mistake(f"count: must be at least the number of processes, {world}, got {options.count}")
+    share = range(rank * options.count // world, (rank + 1) * options.count // world)
+    drawn = latents(options.seed, share, shape, classes)
     if options.label is not None:
         if not 0 <= options.label < classes:
             known = f"has classes 0 to {classes - 1}" if classes else "is unconditional"
             raise Mistake(f"class: {source} {known}, got {options.label}")
         assert drawn.labels is not None
-        drawn = Latents(drawn.z, drawn.labels.new_full((options.count,), options.label))
-    x = generate(sampler, drawn, classes)
+        drawn = Latents(drawn.z, drawn.labels.new_full((len(share),), options.label))
+    own = {"rows of x": generate(sampler, drawn, classes)}
+    if drawn.labels is not None:
+        own["rows of y"] = drawn.labels
+    every = gather(own)
+    if rank:
+        return
+    x = torch.cat([theirs["rows of x"] for theirs in every])
     out = Path(options.out)
     if out.suffix == ".png":
         picture = overview(x, max(1, round(options.count**0.5)), float(x.abs().max()) * 1.05)
@@ -516,7 +528,7 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     else:
         arrays: dict[str, Any] = {"x": to_bytes(x) if x.ndim == 4 else x.numpy()}
         if drawn.labels is not None:
-            arrays["y"] = drawn.labels.numpy()
+            arrays["y"] = torch.cat([theirs["rows of y"] for theirs in every]).numpy()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         content = buffer.getvalue()

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import safetensors.torch
@@ -162,6 +163,19 @@ def test_signals_end_several_processes_and_none_is_lost(tmp_path: Path) -> None:
     assert f"stopped at step {step}, saved" in error and step >= 50
     state = checkpoint.read(left)
     assert state["trainer"]["step"] == step
+
+
+def test_sampling_is_shared_by_the_processes(tmp_path: Path) -> None:
+    """Shares of 3 and 4 samples: those of one process, in its order, with their labels."""
+    words = ["-m", "limbeck", "sample", "digits", "--steps", "3", "--count", "7", "--seed", "5", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launch in (("one.npz", []), ("two.npz", LAUNCH)):
+        command = [sys.executable, *launch, *words, str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert done.returncode == 0 and done.stderr.count("7 samples in") + done.stdout.count("7 samples in") == 1
+    one, two = (np.load(tmp_path / name) for name in ("one.npz", "two.npz"))
+    assert np.array_equal(one["y"], two["y"]) and len({*one["y"]}) > 1
+    assert np.abs(one["x"].astype(int) - two["x"].astype(int)).max() <= 1  # of 8 bits
 
 
 def _text(path: Path) -> str:
