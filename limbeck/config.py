@@ -162,6 +162,7 @@ class Recipe:
         micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share.
         sharded: under torchrun, split the players' weights over the processes, for models that outgrow a device.
         stratified: one u from each of `batch` equal intervals.
+        antithetic: half of a batch has the negatives of the other half's latents and noise, at equal u.
         seed: key of everything random in training.
         optimizer: settings by player, over the method's defaults.
         ema: moving average of the weights that are exported.
@@ -187,6 +188,7 @@ class Recipe:
     micro_batches: int = 1
     sharded: bool = False
     stratified: bool = False
+    antithetic: bool = False
     seed: int = 0
     optimizer: dict[str, Optimizer] = field(default_factory=dict)
     ema: Average = field(default_factory=Average)

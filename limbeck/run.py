@@ -165,7 +165,7 @@ def distillation(
     assert isinstance(generator, Generator)
     noise = NoiseSource(
         generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes, teacher.contexts,
-        micro_batches=recipe.micro_batches, stratified=recipe.stratified,
+        micro_batches=recipe.micro_batches, stratified=recipe.stratified, antithetic=recipe.antithetic,
     )  # fmt: skip
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, noise, provider)
@@ -330,7 +330,7 @@ def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) 
     noise = NoiseSource(
         samples.shape, samples.shape, recipe.batch, recipe.seed, samples.classes,
         unlabelled=getattr(recipe.method, "label_dropout", 0.0),
-        micro_batches=recipe.micro_batches, stratified=recipe.stratified,
+        micro_batches=recipe.micro_batches, stratified=recipe.stratified, antithetic=recipe.antithetic,
     )  # fmt: skip
     train, held_out = (samples, None) if denoising else samples.split()
     source = DataSource(noise, train.x, train.y)

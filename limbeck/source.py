@@ -29,6 +29,7 @@ class NoiseSource:
         contexts: condition rows are uniform in [0, 1)^classes instead.
         unlabelled: share of zero rows ("no label").
         stratified: u is one uniform draw from each of `batch` equal intervals, in random order.
+        antithetic: the second half of a batch has the negatives of the first half's z and eps, at equal u and labels.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class NoiseSource:
     unlabelled: float = 0.0
     micro_batches: int = 1
     stratified: bool = False
+    antithetic: bool = False
     dtype: torch.dtype = torch.float32
 
     def __call__(self, step: int, turn: int) -> Iterator[Batch]:
@@ -47,7 +49,7 @@ class NoiseSource:
 
     def draw(self, rng: torch.Generator) -> Batch:
         """The global batch from the stream `rng`."""
-        n = self.batch
+        n = -(-self.batch // 2) if self.antithetic else self.batch
         z = torch.randn(n, *self.latent_shape, generator=rng, dtype=self.dtype)
         u = torch.rand(n, generator=rng, dtype=self.dtype)
         if self.stratified:
@@ -64,6 +66,10 @@ class NoiseSource:
             cond = one_hot(labels, self.classes, self.dtype)
             if self.unlabelled:
                 cond = cond * (torch.rand(n, 1, generator=rng, dtype=self.dtype) >= self.unlabelled)
+        if self.antithetic:
+            z, eps = (torch.cat([t, -t])[: self.batch] for t in (z, eps))
+            u, coin = (torch.cat([t, t])[: self.batch] for t in (u, coin))
+            cond = None if cond is None else torch.cat([cond, cond])[: self.batch]
         return Batch(z, u, eps, cond, coin=coin)
 
 

@@ -655,6 +655,19 @@ def test_stratified_levels_have_one_in_every_interval(n: int, dtype: torch.dtype
     assert n == 1 or not torch.equal(orders[0], orders[1])
 
 
+@pytest.mark.parametrize("n", [8, 7])
+def test_antithetic_batches_are_mirrored(n: int) -> None:
+    source = NoiseSource((2,), (3,), n, seed=0, classes=4, stratified=True, antithetic=True, dtype=torch.float64)
+    (batch,) = source(0, 0)
+    half = n // 2
+    mirror = slice(-(-n // 2), n)
+    assert len(batch.z) == n and batch.cond is not None
+    assert torch.equal(batch.z[mirror], -batch.z[:half]) and torch.equal(batch.eps[mirror], -batch.eps[:half])
+    assert torch.equal(batch.u[mirror], batch.u[:half]) and torch.equal(batch.cond[mirror], batch.cond[:half])
+    strata = (batch.u[: -(-n // 2)] * -(-n // 2)).long()
+    assert sorted(strata.tolist()) == list(range(-(-n // 2)))
+
+
 @pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_u_is_below_1_for_the_largest_draw(
