@@ -505,13 +505,12 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
 
 def _model(source: str, network: Any = None) -> Any:
     """A generator's file or run folder, else a teacher."""
-    from limbeck import artifact, teachers
+    from limbeck import refine, teachers
 
     path = Path(source)
-    if path.is_dir() and (path / "generator.safetensors").is_file():
-        return artifact.load_generator(path, network)
-    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
-        return artifact.load_generator(path, network)
+    generator = refine.generator_at(path / "generator.safetensors" if path.is_dir() else path, network)
+    if generator is not None:
+        return generator
     if (path / "classifier.safetensors").is_file():
         raise ValueError(f"{path}: holds a classifier, which draws no samples")
     if path.is_dir() and not (path / "denoiser.safetensors").is_file():
