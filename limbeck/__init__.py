@@ -22,7 +22,7 @@ _SUBMODULES = (
 
 if TYPE_CHECKING:
     from limbeck.artifact import load_generator as load
-    from limbeck.generator import Given
+    from limbeck.given import Given
     from limbeck.run import distill, teach
 
 __all__ = ["Given", "__version__", "distill", "load", "teach"]
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
     if name in ("distill", "teach"):
         return getattr(importlib.import_module("limbeck.run"), name)
     if name == "Given":
-        return importlib.import_module("limbeck.generator").Given
+        return importlib.import_module("limbeck.given").Given
     if name == "load":
         return importlib.import_module("limbeck.artifact").load_generator
     if name in _SUBMODULES:

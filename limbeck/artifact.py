@@ -26,7 +26,8 @@ from limbeck import networks, schedule
 from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned, Rescaled
 from limbeck.experts import Experts
 from limbeck.files import write_atomically
-from limbeck.generator import Dirac, Direct, FewStep, Generator, Given, OneStep, Trajectory
+from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
+from limbeck.given import Given
 from limbeck.noise import Karras
 
 FORMAT = 2  # with a hash of everything in it, which format 1 has not

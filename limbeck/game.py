@@ -113,8 +113,8 @@ class Game:
         """A generator (a copy of the template, or the given one), the fake score (another copy), and a critic.
 
         Raises:
-            ValueError: if a given generator makes samples of another shape or in another number of calls, or the critic has
-                no features to read.
+            ValueError: if a given generator makes samples of another shape, or takes another number of calls, or the
+                critic has no features to read.
         """
         if generator is not None and generator.shape != template.shape:
             raise ValueError(f"generator: makes samples of shape {generator.shape}, the teacher's are {template.shape}")

@@ -1,7 +1,7 @@
 """Refinement of a generator that the caller brings, e.g. a GAN's: Diff-Instruct's second scenario (arXiv:2305.18455).
 
-Methods with a fake score ask two things of a generator: samples of the teacher's shape, and a gradient through them. Its
-latents are its own. The fake score starts as the teacher, which knows nothing of the generator's law; so the
+Methods with a fake score ask two things of a generator: samples of the teacher's shape, and a gradient through them.
+Its latents are its own. The fake score starts as the teacher, which knows nothing of the generator's law; so the
 generator waits until the fake score has settled on its samples (`game.settle`).
 """
 
@@ -21,7 +21,8 @@ from limbeck import artifact, networks
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.game import Game
-from limbeck.generator import Generator, Given
+from limbeck.generator import Generator
+from limbeck.given import Given
 from limbeck.teachers import own
 
 SETTLE = 200  # turns of a window of the fake score's loss, see `game.Settling`
@@ -102,8 +103,8 @@ def accepted(generator: nn.Module, teacher: Denoiser) -> Generator:
     """
     if not isinstance(generator, Generator):
         raise ValueError(
-            f"generator: must be a limbeck.generator.Generator, got {type(generator).__name__}; a network becomes one by "
-            "limbeck.Given(network, latent_shape=..., shape=...)"
+            f"generator: must be a limbeck.generator.Generator, got {type(generator).__name__}; a network becomes one "
+            "by limbeck.Given(network, latent_shape=..., shape=...)"
         )
     made = copy.deepcopy(generator).eval().requires_grad_(True)
     if made.classes not in (0, teacher.classes):

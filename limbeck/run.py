@@ -50,7 +50,8 @@ from limbeck.exact import Empirical, Gaussian, Mixture, Policy
 from limbeck.features import Classifier
 from limbeck.files import check_folder, write_atomically
 from limbeck.folder import Stop, Stopped, Tell
-from limbeck.generator import Direct, Generator, Given
+from limbeck.generator import Direct, Generator
+from limbeck.given import Given
 from limbeck.health import Monitor
 from limbeck.machine import versions
 from limbeck.noise import Karras

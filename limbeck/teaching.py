@@ -18,7 +18,8 @@ from torch.nn import functional
 from limbeck.critic import R1_STEP, critic_loss, generator_loss, r1_penalty
 from limbeck.denoiser import Denoiser
 from limbeck.features import Classifier
-from limbeck.generator import Generator, Given
+from limbeck.generator import Generator
+from limbeck.given import Given
 from limbeck.losses import denoising
 from limbeck.networks.gan import Decoder, Discriminator
 from limbeck.noise import LogNormal

@@ -24,7 +24,7 @@ from limbeck.networks.unet2d import UNet2D
 NETWORKS: dict[str, type[nn.Module]] = {
     "mlp": MLP, "dit": DiT, "songunet": SongUNet, "adm": ADM, "perceptron": Perceptron, "unet2d": UNet2D,
 }  # fmt: skip
-DECODERS: dict[str, type[nn.Module]] = {"decoder": Decoder}  # of a latent alone (`generator.Given`)
+DECODERS: dict[str, type[nn.Module]] = {"decoder": Decoder}  # of a latent alone (`given.Given`)
 OWN = "own:"  # prefix of the name under which a network of the caller's class is stored
 
 

@@ -39,9 +39,7 @@ class Decoder(nn.Module):
         self.start = (widths[0], *sizes[0])
         self.first = nn.Linear(latent + classes, math.prod(self.start))
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, width), width) for width in widths)
-        self.doubles = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairwise([*widths, shape[0]])
-        )
+        self.doubles = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairwise([*widths, shape[0]]))
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] for z (B, latent) and condition rows (B, classes), None without classes."""
