@@ -585,9 +585,9 @@ def _export(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config
     from limbeck.export import export
 
-    source = _one(words, "FILE")
+    source, network = _one(words, "FILE"), _network(keys)
     options: ExportOptions = config.validate(ExportOptions, keys)
-    done = export(source, options.to, options.out, options.runtime)
+    done = export(source, options.to, options.out, options.runtime, network)
     _say(
         f"{done.path}: {done.size / 1e6:.1f} MB, largest difference to PyTorch {done.difference:.1e} "
         f"over {done.samples} samples"
@@ -663,7 +663,7 @@ def _help(verb: str, method: str | None) -> None:
         from limbeck import manual
 
         manual.print_keys(verb, method)
-    if verb in ("distill", "teach", "sample", "evaluate", "doctor", "bench", "replay"):
+    if verb in ("distill", "teach", "sample", "evaluate", "export", "doctor", "bench", "replay"):
         print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
     if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show", "bench", "replay"):
         print("--json                            print the result as JSON")

@@ -366,16 +366,14 @@ def test_a_turn_that_is_not_finite_is_replayed(tmp_path: Path) -> None:
     assert found.reproduced and found.samples
 
 
-def test_export_with_latents_of_its_own(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    made = Given(Decoder((1, 9, 12), 3, latent=5, width=4), (5,), (1, 9, 12), 3).eval()
-    artifact.save(tmp_path / "a.safetensors", "generator", made, {})
-    assert command("export", tmp_path / "a.safetensors", "--to", "onnx", "--out", tmp_path / "a.onnx") == 0
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
-    z, cond = torch.randn(7, 5), torch.eye(7, 3)
-    (x,) = session.run(["x"], {"z": z.numpy(), "cond": cond.numpy()})
-    assert torch.allclose(torch.from_numpy(x), made(z, cond), atol=1e-5)
+def test_export_of_the_caller_s_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact.save(tmp_path / "a.safetensors", "generator", plane(width=6), {})
+    words = ("export", tmp_path / "a.safetensors", "--to", "torch", "--out", tmp_path / "a.pt2")
+    assert command(*words) == 2 and "--network" in capsys.readouterr().err
+    assert command(*words, "--network", NAME) == 0
+    z = torch.randn(7, 3)
+    found = torch.export.load(tmp_path / "a.pt2").module()(z)
+    assert torch.allclose(found, plane(width=6)(z), atol=1e-6)
 
 
 # The GAN
