@@ -22,7 +22,10 @@ from limbeck.files import check_file, check_folder
 
 VERBS = {
     "distill": ("SOURCE --out DIR [--method NAME] [--KEY VALUE ...]", "distil a teacher into a one-step generator"),
-    "teach": ("DATA --out DIR [--method NAME] [--KEY VALUE ...]", "train a teacher, or a classifier for evaluation"),
+    "teach": (
+        "DATA --out DIR [--method NAME] [--KEY VALUE ...]",
+        "train a teacher, a classifier for evaluation, or a small GAN",
+    ),
     "sample": ("FILE --count N --seed S [--class K] --out PNG|NPZ", "draw samples from a generator or a teacher"),
     "evaluate": (
         "FILE ... [--out DIR] [--samples N ...] [--json]",

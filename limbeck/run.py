@@ -167,7 +167,7 @@ def distillation(
     given = generator if generator is not None else refine.named(recipe, network)
     if given is not None:
         given, recipe = refine.accepted(given, teacher), refine.patient(recipe)
-        if isinstance(given, Given) and network is None:
+        if isinstance(given, Given):
             network = type(given.network)
     template = student_template(recipe, teacher, network if given is None else None)
     adversarial = getattr(getattr(recipe.method, "game", None), "adversarial", None)
@@ -308,7 +308,7 @@ def teach(
     network: type[nn.Module] | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
-    """Train a teacher (method "denoising") or a feature network ("classification") on data, in the run folder `out`.
+    """Train a teacher (method "denoising"), a feature network ("classification") or a small GAN ("gan") on data.
 
     Arguments, result and errors as `distill`; `source` is a data set (see `data.load`), `network` a class for the
     denoiser, built with the keys `template`.

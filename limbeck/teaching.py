@@ -156,7 +156,7 @@ class GAN:
     Attributes:
         latent: size of the generator's latent, a vector.
         width: channels of the generator before its last layer.
-        judge_width: channels of the discriminator after its first layer.
+        discriminator_width: channels of the discriminator after its first layer.
         r1: weight of the squared gradient of the logit at real samples, by finite differences.
     """
 
@@ -166,11 +166,11 @@ class GAN:
 
     latent: int = 64
     width: int = 64
-    judge_width: int = 32
+    discriminator_width: int = 32
     r1: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("latent", "width", "judge_width"):
+        for name in ("latent", "width", "discriminator_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.r1 < math.inf:
@@ -181,25 +181,25 @@ class GAN:
         decoder = Decoder(shape, classes, self.latent, self.width)
         return {
             "generator": Given(decoder, (self.latent,), shape, classes),
-            "discriminator": Discriminator(shape, classes, self.judge_width),
+            "discriminator": Discriminator(shape, classes, self.discriminator_width),
         }
 
     def optimizers(self) -> dict[str, Optimizer]:
         return dict.fromkeys(("generator", "discriminator"), Optimizer("adam", lr=5e-4, betas=(0.0, 0.99)))
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
-        yield Turn(("discriminator",), self.judge)
+        yield Turn(("discriminator",), self.discriminator_loss)
         yield Turn(("generator",), self.loss)
 
-    def judge(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+    def discriminator_loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
         """The discriminator's loss per pair of a real and a generated sample (B,)."""
         assert batch.real is not None
-        judge, cond = nets["discriminator"], batch.cond
+        discriminator, cond = nets["discriminator"], batch.cond
         with torch.no_grad():
             x = nets["generator"](batch.z, cond)
-        on_real = judge(batch.real, cond)
-        near = judge(batch.real + R1_STEP * batch.eps, cond)
-        return critic_loss(on_real, judge(x, cond), "softplus") + self.r1 * r1_penalty(on_real, near)
+        on_real = discriminator(batch.real, cond)
+        near = discriminator(batch.real + R1_STEP * batch.eps, cond)
+        return critic_loss(on_real, discriminator(x, cond), "softplus") + self.r1 * r1_penalty(on_real, near)
 
     def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
         """The generator's loss per sample (B,): softplus(-logit)."""

@@ -395,7 +395,7 @@ def test_the_penalty_is_the_squared_gradient() -> None:
     real, eps = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
     nets = nn.ModuleDict({"discriminator": Linear(), "generator": Zero()})
     batch = Batch(torch.zeros(n, 1), torch.zeros(n), eps, real=real)
-    none, some = (GAN(r1=r1).judge(nets, None, batch).mean() for r1 in (0.0, 0.3))  # type: ignore[arg-type]
+    none, some = (GAN(r1=r1).discriminator_loss(nets, None, batch).mean() for r1 in (0.0, 0.3))  # type: ignore[arg-type]
     assert float(some - none) == pytest.approx(0.3 * 5.25, rel=0.01) and R1_STEP < 0.1
     plain = nn.functional.softplus(-nets["discriminator"](real)).mean() + np.log(2)
     assert float(none) == pytest.approx(float(plain), rel=1e-12)
@@ -407,7 +407,7 @@ class Zero(nn.Module):
         return z.new_zeros(len(z), 3, dtype=torch.float64)
 
 
-SMALL = {"name": "gan", "latent": 4, "width": 8, "judge_width": 8}
+SMALL = {"name": "gan", "latent": 4, "width": 8, "discriminator_width": 8}
 
 
 def test_teaching_a_gan_resumes_bit_for_bit(tmp_path: Path, weights: Any, equal: Any) -> None:
@@ -447,7 +447,12 @@ def test_a_gan_learns_and_is_refined(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("fields", "line"),
-    [({"latent": 0}, "latent: "), ({"width": 0}, "width: "), ({"judge_width": 0}, "judge_"), ({"r1": -1.0}, "r1: ")],
+    [
+        ({"latent": 0}, "latent: "),
+        ({"width": 0}, "width: "),
+        ({"discriminator_width": 0}, "discriminator_"),
+        ({"r1": -1.0}, "r1: "),
+    ],
 )
 def test_bad_fields_of_a_gan(fields: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
