@@ -17,19 +17,22 @@ __version__ = "0.1.0"
 _SUBMODULES = (
     "config", "data", "denoiser", "doctor", "evaluate", "exact", "export", "features", "generator", "hub", "importer",
     "losses", "methods",
-    "networks", "noise", "objective", "run", "sample", "schedule", "teachers", "teaching", "train",
+    "networks", "noise", "objective", "refine", "run", "sample", "schedule", "teachers", "teaching", "train",
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from limbeck.artifact import load_generator as load
+    from limbeck.given import Given
     from limbeck.run import distill, teach
 
-__all__ = ["__version__", "distill", "load", "teach"]
+__all__ = ["Given", "__version__", "distill", "load", "teach"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("distill", "teach"):
         return getattr(importlib.import_module("limbeck.run"), name)
+    if name == "Given":
+        return importlib.import_module("limbeck.given").Given
     if name == "load":
         return importlib.import_module("limbeck.artifact").load_generator
     if name in _SUBMODULES:

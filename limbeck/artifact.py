@@ -27,6 +27,7 @@ from limbeck.denoiser import Denoiser, EpsPreconditioned, Preconditioned, Rescal
 from limbeck.experts import Experts
 from limbeck.files import write_atomically
 from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
+from limbeck.given import Given
 from limbeck.noise import Karras
 
 FORMAT = 2  # with a hash of everything in it, which format 1 has not
@@ -294,11 +295,11 @@ def _try_out(module: Any) -> None:
 
     Samples of more than 2^14 values could cost more memory and time than the file is worth.
     """
-    if math.prod(module.shape) > 2**14:
+    shape = getattr(module, "latent_shape", module.shape)
+    if max(math.prod(module.shape), math.prod(shape)) > 2**14:
         return
     level = (torch.ones(1),) if isinstance(module, Denoiser) else ()
     call = getattr(module, "logits", module)  # a classifier's own call stops at its features
-    shape = getattr(module, "latent_shape", module.shape)
     if not torch.isfinite(call(torch.zeros(1, *shape), *level)).all():
         raise ValueError("its output is not finite")
 
@@ -321,6 +322,9 @@ def _denoiser(card: Mapping[str, Any], own: type[nn.Module] | None) -> Denoiser:
 def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generator:
     if card["generator"] == "dirac":
         return Dirac(card["shape"], card["classes"], card["scale"])
+    if card["generator"] == "given":
+        network = networks.build(card["network"], card["arguments"], own, networks.DECODERS)
+        return Given(network, card["latent_shape"], card["shape"], card["classes"], card["arguments"])
     if card["generator"] == "experts":
         return Experts(tuple(card["shape"]), *(card[key] for key in ("classes", "experts", "width", "scale")))
     denoiser = _denoiser(card["denoiser"], own)

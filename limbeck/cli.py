@@ -22,7 +22,10 @@ from limbeck.files import check_file, check_folder
 
 VERBS = {
     "distill": ("SOURCE --out DIR [--method NAME] [--KEY VALUE ...]", "distil a teacher into a one-step generator"),
-    "teach": ("DATA --out DIR [--method NAME] [--KEY VALUE ...]", "train a teacher, or a classifier for evaluation"),
+    "teach": (
+        "DATA --out DIR [--method NAME] [--KEY VALUE ...]",
+        "train a teacher, a classifier for evaluation, or a small GAN",
+    ),
     "sample": ("FILE --count N --seed S [--class K] --out PNG|NPZ", "draw samples from a generator or a teacher"),
     "evaluate": (
         "FILE ... [--out DIR] [--samples N ...] [--json]",
@@ -539,13 +542,12 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
 
 def _model(source: str, network: Any = None) -> Any:
     """A generator's file or run folder, else a teacher."""
-    from limbeck import artifact, teachers
+    from limbeck import refine, teachers
 
     path = Path(source)
-    if path.is_dir() and (path / "generator.safetensors").is_file():
-        return artifact.load_generator(path, network)
-    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
-        return artifact.load_generator(path, network)
+    generator = refine.generator_at(path / "generator.safetensors" if path.is_dir() else path, network)
+    if generator is not None:
+        return generator
     if (path / "classifier.safetensors").is_file():
         raise ValueError(f"{path}: holds a classifier, which draws no samples")
     if path.is_dir() and not (path / "denoiser.safetensors").is_file():
@@ -620,9 +622,9 @@ def _export(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import config
     from limbeck.export import export
 
-    source = _one(words, "FILE")
+    source, network = _one(words, "FILE"), _network(keys)
     options: ExportOptions = config.validate(ExportOptions, keys)
-    done = export(source, options.to, options.out, options.runtime)
+    done = export(source, options.to, options.out, options.runtime, network)
     _say(
         f"{done.path}: {done.size / 1e6:.1f} MB, largest difference to PyTorch {done.difference:.1e} "
         f"over {done.samples} samples"
@@ -698,7 +700,7 @@ def _help(verb: str, method: str | None) -> None:
         from limbeck import manual
 
         manual.print_keys(verb, method)
-    if verb in ("distill", "teach", "sample", "evaluate", "doctor", "bench", "replay"):
+    if verb in ("distill", "teach", "sample", "evaluate", "export", "doctor", "bench", "replay"):
         print("--network PACKAGE.MODULE:CLASS    your own network, for files and templates that need it")
     if verb in ("distill", "teach", "evaluate", "compare", "doctor", "show", "bench", "replay"):
         print("--json                            print the result as JSON")

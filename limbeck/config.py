@@ -28,7 +28,9 @@ from limbeck.ema import Average
 from limbeck.noise import Levels
 from limbeck.optimizer import Optimizer
 
-TEACHING: dict[str, type] = {"denoising": teaching.Denoising, "classification": teaching.Classification}
+TEACHING: dict[str, type] = {
+    "denoising": teaching.Denoising, "classification": teaching.Classification, "gan": teaching.GAN,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,9 @@ class Recipe:
         data: what is learned (`limbeck teach`).
         size: side to which pictures of a folder are resized (`limbeck teach`).
         template: the student's network and its arguments; empty = the teacher's own, or one that suits the shape.
-        generator: network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`), with fresh
-            weights; empty = the generator that the method builds from the template.
+        generator: `file`, a generator to refine: its file, a run folder, or weights of the caller's class (--network)
+            with a card; or network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`),
+            with fresh weights; empty = the generator that the method builds from the template.
         steps: length of the run.
         batch: samples of one turn.
         micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share.

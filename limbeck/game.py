@@ -85,7 +85,8 @@ class Game:
         fake_steps: turns of the fake score before each of the generator.
         fake_first: images for which the fake score (and critic) play alone at the start.
         settle: 0; or a number of turns: the generator waits until the fake score's loss on fresh samples improves by
-            less than 1% from one such window to the next. For generators that the fake score does not know yet.
+            less than 1% from one such window to the next. For generators that the fake score does not know yet: for
+            one that is given (`generator.file`), 0 is 200.
         adversarial: a critic, which needs real samples; None = data-free.
         guidance: scales of guidance.
     """
@@ -112,10 +113,15 @@ class Game:
         """A generator (a copy of the template, or the given one), the fake score (another copy), and a critic.
 
         Raises:
-            ValueError: if a given generator makes samples of another shape, or the critic has no features to read.
+            ValueError: if a given generator makes samples of another shape, or takes another number of calls, or the
+                critic has no features to read.
         """
         if generator is not None and generator.shape != template.shape:
             raise ValueError(f"generator: makes samples of shape {generator.shape}, the teacher's are {template.shape}")
+        if generator is not None and generator.nfe != self.calls:
+            raise ValueError(
+                f"method.game.calls: the given generator takes {generator.nfe} network calls, set it to that"
+            )
         made: dict[str, nn.Module] = {
             "generator": generator or self._generator(copy.deepcopy(template)),
             "fake": copy.deepcopy(template),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from limbeck import checkpoint, config, methods, run
 from limbeck.denoiser import Denoiser
 from limbeck.folder import Tell
+from limbeck.generator import Generator
 from limbeck.machine import versions
 from limbeck.objective import Batch, Pairs
 from limbeck.train import NonFinite, Trainer
@@ -85,16 +86,23 @@ def _some(names: list[Any]) -> str:
     return f" ({shown}{', ...' if len(names) > SHOWN else ''})" if names else ""
 
 
-def replay(out: Path, tell: Tell, teacher: Denoiser | None = None, network: type[nn.Module] | None = None) -> Found:
+def replay(
+    out: Path,
+    tell: Tell,
+    teacher: Denoiser | None = None,
+    network: type[nn.Module] | None = None,
+    generator: Generator | None = None,
+) -> Found:
     """Play the kept turn of the run in `out` again. Nothing is written.
 
     Args:
         tell: receives warnings.
         teacher: the denoiser that the run was given, if it was none that a name or file says.
         network: the caller's own class, as in `run.distill`.
+        generator: the generator that the run was given, likewise.
 
     Raises:
-        ValueError: if there is no turn to replay, or it is that of another teacher or data.
+        ValueError: if there is no turn to replay, or it is that of another teacher, data set or generator.
     """
     if not (out / "recipe.toml").is_file():
         raise ValueError(f"{out}: not a run folder, it has no recipe.toml")
@@ -104,12 +112,12 @@ def replay(out: Path, tell: Tell, teacher: Denoiser | None = None, network: type
     if "data" in table:
         job = run.teaching(config.resolve(table, config.TEACHING), out, network)
     else:
-        job = run.distillation(config.resolve(table, methods.METHODS), out, tell, teacher, network)
+        job = run.distillation(config.resolve(table, methods.METHODS), out, tell, teacher, network, generator=generator)
     state = checkpoint.load_newest(out / run.NONFINITE, tell, partial(run.load_state, job))
     if state is None:
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
-    if job.identity != state["identity"]:
-        raise ValueError(f"{out}: the turn was played with another teacher or data set of the same name")
+    if job.origin != state["identity"]:
+        raise ValueError(f"{out}: the turn was played with another teacher, data set or generator of the same name")
     torch.set_num_threads(int(state["threads"]))
     if state["versions"] != versions():
         tell(f"versions: {state['versions']} in the run, {versions()} now; losses may differ in the last bits")

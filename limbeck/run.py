@@ -36,6 +36,7 @@ from limbeck import (
     health,
     methods,
     networks,
+    refine,
     resources,
     summary,
     teachers,
@@ -50,6 +51,7 @@ from limbeck.features import Classifier
 from limbeck.files import check_folder, write_atomically
 from limbeck.folder import Stop, Stopped, Tell
 from limbeck.generator import Direct, Generator
+from limbeck.given import Given
 from limbeck.health import Monitor
 from limbeck.machine import versions
 from limbeck.noise import Karras
@@ -72,12 +74,18 @@ class Job:
     out: Path
     trainer: Trainer
     source: Source
-    identity: str  # fingerprint of the teacher or data: a run refuses to go on with another one
+    identity: str  # fingerprint of the teacher or data
     product: str  # kind of the file that the run makes
     judge: Judge | None
     prepare: Preparation | None = None  # what has to be made before the first step, in a folder that is ours
     network: type[nn.Module] | None = None  # the caller's own class
     held_out: data.Data | None = None  # what a classifier is scored on
+    given: str = ""  # fingerprint of a given generator
+
+    @property
+    def origin(self) -> str:
+        """What the run began with: it is refused to go on with anything else."""
+        return self.identity + self.given
 
     @property
     def best_file(self) -> Path:
@@ -92,6 +100,7 @@ def distill(
     out: str | Path,
     tell: Tell = print,
     network: type[nn.Module] | None = None,
+    generator: Generator | Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
     """Distil `teacher` into a one-step generator, in the run folder `out`.
@@ -101,7 +110,9 @@ def distill(
         method: a method's name, {"name": ..., fields}, or an objective.
         out: run folder; an existing one is continued.
         tell: receives progress, a line at a time.
-        network: the caller's own network class, for a teacher's file whose network is none of Limbeck's.
+        network: the caller's own network class, for files of teacher and generator whose network is none of Limbeck's.
+        generator: a generator to refine, e.g. `limbeck.Given(gan, latent_shape=(64,), shape=(1, 28, 28))`, of which the
+            run trains a copy; or the recipe's table `generator`.
         keys: recipe keys, e.g. steps=300, optimizer={"generator": {"lr": 1e-4}}, **{"every.save": 100}.
 
     Returns:
@@ -113,10 +124,14 @@ def distill(
         NonFinite: when a loss or gradient is NaN or Inf; the last checkpoint is intact.
     """
     named = teacher if isinstance(teacher, str) else _class_of(teacher)
+    given = None if isinstance(generator, Mapping) else generator
+    if generator is not None:
+        keys["generator"] = generator if isinstance(generator, Mapping) else {"file": _class_of(generator)}
     table = _table({"teacher": named, "method": method}, keys)
     recipe = config.resolve(table, methods.METHODS, foreign=True)
     check_folder(out)
-    return run_distillation(recipe, Path(out), tell, None if isinstance(teacher, str) else teacher, network)
+    own = None if isinstance(teacher, str) else teacher
+    return run_distillation(recipe, Path(out), tell, own, network, generator=given)
 
 
 def run_distillation(
@@ -126,9 +141,10 @@ def run_distillation(
     teacher: Denoiser | None = None,
     network: type[nn.Module] | None = None,
     judge: Judge | None = None,
+    generator: Generator | None = None,
 ) -> dict[str, Any]:
-    """`distill` for a resolved recipe; `teacher` and `judge` replace those that the recipe names."""
-    return _run(distillation(recipe, out, tell, teacher, network, judge), tell)
+    """`distill` for a resolved recipe; `teacher`, `judge` and `generator` replace those that the recipe names."""
+    return _run(distillation(recipe, out, tell, teacher, network, judge, generator), tell)
 
 
 def distillation(
@@ -138,6 +154,7 @@ def distillation(
     teacher: Denoiser | None = None,
     network: type[nn.Module] | None = None,
     judge: Judge | None = None,
+    generator: Generator | None = None,
 ) -> Job:
     """The job of a recipe, checked as far as it can be before anything is written; arguments as `run_distillation`."""
     if recipe.data is not None:
@@ -147,7 +164,12 @@ def distillation(
     name = recipe.teacher
     teacher = teachers.load(name, network) if teacher is None else teacher
     recipe = _fit_levels(recipe, teacher, tell)
-    template = student_template(recipe, teacher, network)
+    given = generator if generator is not None else refine.named(recipe, network)
+    if given is not None:
+        given, recipe = refine.accepted(given, teacher), refine.patient(recipe)
+        if isinstance(given, Given):
+            network = type(given.network)
+    template = student_template(recipe, teacher, network if given is None else None)
     adversarial = getattr(getattr(recipe.method, "game", None), "adversarial", None)
     if adversarial is not None and adversarial.features == "teacher" and template is not teacher:
         raise ValueError(
@@ -160,16 +182,20 @@ def distillation(
     data.check_size(recipe.size, recipe.evaluate.data, recipe.real.data)
     if judge is None:
         judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
-    trainer = _trainer(recipe, teacher, template, direct_generator(recipe, teacher))
-    generator = trainer.nets[recipe.method.product]
-    assert isinstance(generator, Generator)
+    start = given or direct_generator(recipe, teacher)
+    trainer = _trainer(recipe, teacher, template, start)
+    student = trainer.nets[recipe.method.product]
+    assert isinstance(student, Generator)
     noise = NoiseSource(
-        generator.shape, generator.latent_shape, recipe.batch, recipe.seed, generator.classes, teacher.contexts,
+        student.shape, student.latent_shape, recipe.batch, recipe.seed, student.classes, teacher.contexts,
         micro_batches=recipe.micro_batches, stratified=recipe.stratified, antithetic=recipe.antithetic,
     )  # fmt: skip
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
-    prepare = Preparation(teacher, template, noise, provider)
-    job = Job(recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network)
+    prepare = Preparation(teacher, template, start, noise, provider)
+    job = Job(
+        recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network,
+        given="" if given is None else artifact.fingerprint(given),
+    )  # fmt: skip
     check(job)
     return job
 
@@ -208,6 +234,7 @@ class Preparation:
 
     teacher: Denoiser
     template: Denoiser
+    generator: Generator | None  # with which the student starts, if it is no copy of the template
     noise: NoiseSource
     provider: Provider | None
 
@@ -247,7 +274,7 @@ class Preparation:
         seconds, _, monitor = _resume(warm, tell)
         seconds, _ = _loop(warm, seconds, None, monitor, stop, tell)
         self.template.load_state_dict(warm.trainer.ema.whole().state_dict())
-        trainer = _trainer(recipe, teacher, self.template, direct_generator(recipe, teacher))
+        trainer = _trainer(recipe, teacher, self.template, self.generator)
         wait_for_all()
         if _first():
             shutil.rmtree(warm.out)
@@ -281,7 +308,7 @@ def teach(
     network: type[nn.Module] | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
-    """Train a teacher (method "denoising") or a feature network ("classification") on data, in the run folder `out`.
+    """Train a teacher (method "denoising"), a feature network ("classification") or a small GAN ("gan") on data.
 
     Arguments, result and errors as `distill`; `source` is a data set (see `data.load`), `network` a class for the
     denoiser, built with the keys `template`.
@@ -323,19 +350,22 @@ def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) 
     # levels are those of EDM's samplers, which its training law covers
     reach = Karras().scaled(samples.sigma_data / 0.5)
     plain = Denoiser(samples.shape, samples.classes, samples.sigma_data, reach.sigma_min, reach.sigma_max)
-    denoising = recipe.method.product == "denoiser"
-    template = student_template(recipe, plain, network) if denoising else plain
-    judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size) if denoising else None
+    product = recipe.method.product
+    template = student_template(recipe, plain, network) if product == "denoiser" else plain
+    judge = None
+    if product != "classifier":
+        judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size)
     trainer = _trainer(recipe, plain, template)
+    student = trainer.nets[product]
+    latent_shape = student.latent_shape if isinstance(student, Generator) else samples.shape
     noise = NoiseSource(
-        samples.shape, samples.shape, recipe.batch, recipe.seed, samples.classes,
+        samples.shape, latent_shape, recipe.batch, recipe.seed, samples.classes,
         unlabelled=getattr(recipe.method, "label_dropout", 0.0),
         micro_batches=recipe.micro_batches, stratified=recipe.stratified, antithetic=recipe.antithetic,
     )  # fmt: skip
-    train, held_out = (samples, None) if denoising else samples.split()
+    train, held_out = samples.split() if product == "classifier" else (samples, None)
     source = DataSource(noise, train.x, train.y)
-    identity, product = samples.fingerprint(), recipe.method.product
-    job = Job(recipe, out, trainer, source, identity, product, judge, network=network, held_out=held_out)
+    job = Job(recipe, out, trainer, source, samples.fingerprint(), product, judge, network=network, held_out=held_out)
     check(job)
     return job
 
@@ -431,7 +461,8 @@ def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
 def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: Generator | None = None) -> Trainer:
     return Trainer(
         recipe.method, teacher, template, recipe.optimizer,
-        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed, generator=generator,
+        steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
+        generator=copy.deepcopy(generator),
         split=_shards().split if recipe.sharded and rank_and_world()[1] > 1 else None,
     )  # fmt: skip
 
@@ -647,7 +678,7 @@ def _dump(job: Job, error: NonFinite) -> bool:
     state = {
         "trainer": job.trainer.state_dict(), "turn": error.turn, "batches": batches,
         "losses": torch.cat([theirs["rows losses"] for theirs in every]),
-        "identity": job.identity, "threads": torch.get_num_threads(), "versions": versions(),
+        "identity": job.origin, "threads": torch.get_num_threads(), "versions": versions(),
     }  # fmt: skip
     try:
         _store(job, NONFINITE, state, keep=1)
@@ -716,7 +747,7 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Mo
         "log": folder.mark(log) if _first() else None,
         "monitor": monitor.state(),
         "micro_batches": job.recipe.micro_batches,
-        "identity": job.identity,
+        "identity": job.origin,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -754,8 +785,8 @@ def _resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
         if _first():
             (job.out / "log.jsonl").unlink(missing_ok=True)
         return 0.0, None, Monitor()
-    if state["identity"] != job.identity:
-        raise ValueError(f"out: {job.out} was begun with another teacher or data set of the same name")
+    if state["identity"] != job.origin:
+        raise ValueError(f"out: {job.out} was begun with another teacher, data set or generator of the same name")
     for name, was, now in (
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),

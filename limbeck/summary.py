@@ -169,6 +169,7 @@ def conclude(
         "hashes": {
             "teacher" if recipe.teacher else "data": job.identity,
             job.product: artifact.fingerprint(model),
+            **({"given": job.given} if job.given else {}),
             **(job.judge.hashes() if job.judge is not None else {}),
         },
         "recipe": table,

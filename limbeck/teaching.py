@@ -1,6 +1,6 @@
-"""What `limbeck teach` trains: denoisers by EDM's loss, and the classifiers whose features evaluation uses.
+"""What `limbeck teach` trains: denoisers by EDM's loss, classifiers whose features evaluation uses, and small GANs.
 
-Both are objectives like any distillation method, so that the trainer, checkpoints, resuming and schedules are the same.
+All are objectives like any distillation method, so that the trainer, checkpoints, resuming and schedules are the same.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from limbeck.critic import R1_STEP, critic_loss, generator_loss, r1_penalty
 from limbeck.denoiser import Denoiser
 from limbeck.features import Classifier
 from limbeck.generator import Generator
+from limbeck.given import Given
 from limbeck.losses import denoising
+from limbeck.networks.gan import Decoder, Discriminator
 from limbeck.noise import LogNormal
 from limbeck.objective import Batch, Turn, perturb
 from limbeck.optimizer import Optimizer
@@ -143,6 +146,65 @@ class Classification:
         assert batch.real is not None and batch.cond is not None
         logits = cast(Classifier, nets["classifier"]).logits(batch.real + self.noise * teacher.unit * batch.eps)
         return functional.cross_entropy(logits, batch.cond.argmax(1), reduction="none", label_smoothing=self.smoothing)
+
+
+@dataclass(frozen=True)
+class GAN:
+    """A small generative adversarial network for images: the non-saturating loss (Goodfellow et al. 2014,
+    arXiv:1406.2661), with R1 at real samples (Mescheder et al. 2018, arXiv:1801.04406).
+
+    Attributes:
+        latent: size of the generator's latent, a vector.
+        width: channels of the generator before its last layer.
+        discriminator_width: channels of the discriminator after its first layer.
+        r1: weight of the squared gradient of the logit at real samples, by finite differences.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    product: ClassVar[str] = "generator"
+    needs_real: ClassVar[bool] = False
+
+    latent: int = 64
+    width: int = 64
+    discriminator_width: int = 32
+    r1: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "width", "discriminator_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.r1 < math.inf:
+            raise ValueError(f"r1: must be finite and not negative, got {self.r1}")
+
+    def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
+        shape, classes = template.shape, template.classes
+        decoder = Decoder(shape, classes, self.latent, self.width)
+        return {
+            "generator": Given(decoder, (self.latent,), shape, classes),
+            "discriminator": Discriminator(shape, classes, self.discriminator_width),
+        }
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return dict.fromkeys(("generator", "discriminator"), Optimizer("adam", lr=5e-4, betas=(0.0, 0.99)))
+
+    def turns(self, step: int, images: int) -> Iterable[Turn]:
+        yield Turn(("discriminator",), self.discriminator_loss)
+        yield Turn(("generator",), self.loss)
+
+    def discriminator_loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+        """The discriminator's loss per pair of a real and a generated sample (B,)."""
+        assert batch.real is not None
+        discriminator, cond = nets["discriminator"], batch.cond
+        with torch.no_grad():
+            x = nets["generator"](batch.z, cond)
+        on_real = discriminator(batch.real, cond)
+        near = discriminator(batch.real + R1_STEP * batch.eps, cond)
+        return critic_loss(on_real, discriminator(x, cond), "softplus") + self.r1 * r1_penalty(on_real, near)
+
+    def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+        """The generator's loss per sample (B,): softplus(-logit)."""
+        x = nets["generator"](batch.z, batch.cond)
+        return generator_loss(nets["discriminator"](x, batch.cond), "softplus")
 
 
 def _share(name: str, value: float) -> None:

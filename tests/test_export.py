@@ -31,7 +31,9 @@ from limbeck import artifact, cli, networks
 from limbeck.denoiser import Preconditioned
 from limbeck.export import TARGETS, check, export, folders, graph, web
 from limbeck.generator import Generator, OneStep, Trajectory
+from limbeck.given import Given
 from limbeck.hub import HubGenerator
+from limbeck.networks.gan import Decoder
 from limbeck.noise import Karras
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,7 @@ MODELS: dict[str, Callable[[], Generator]] = {
     "dit": lambda: shaken(OneStep(dit(), 80.0)),
     "ddpm++": lambda: shaken(Trajectory(preconditioned("songunet", UNET, (1, 8, 8)), Karras())),
     "ncsn++": lambda: shaken(OneStep(preconditioned("songunet", UNET | NCSN | {"label_dim": 2}, (1, 8, 8), 2), 2.5)),
+    "gan": lambda: shaken(Given(Decoder((1, 9, 12), 3, latent=5, width=8), (5,), (1, 9, 12), 3)),
     "adm": lambda: shaken(
         OneStep(preconditioned("adm", UNET | {"label_dim": 3, "model_channels": 32}, (1, 8, 8), 3), 2.5)
     ),
@@ -587,6 +590,20 @@ def test_browser_draws_images(page: Callable[[str], Path], file: Callable[[str],
     judge = artifact.load(artifact.locate("digits", "classifier"), "classifier")
     named = judge.logits(torch.tensor(grids[..., 0] / 127.5 - 1).float().reshape(72, 1, 8, 8)).argmax(1).reshape(3, 24)
     assert (named[2] == 0).float().mean() >= 0.75  # noises of the page's own, the class that was picked
+
+
+def test_browser_draws_from_latents_of_another_shape(
+    page: Callable[[str], Path], file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    generator = limbeck.load(file("gan"))
+    z, labels, cond = inputs(generator, 64)
+    act = f"""
+      const x = Array.from(await view.limbeck.generate(floats("{packed(z)}"), {labels.tolist()}));
+      await drawn(3);
+      return {{ x, grid: [...page.querySelectorAll("#gallery canvas")].map(pixels) }};"""
+    seen = drive(page("gan"), act, tmp_path)
+    assert apart(generator, z, cond, torch.tensor(seen["x"]).reshape(64, 1, 9, 12)) <= TOLERANCE
+    assert len(seen["grid"]) == 24 and np.array(seen["grid"]).reshape(24, 108, 4)[..., 0].std(1).min() > 10
 
 
 def test_browser_draws_points(page: Callable[[str], Path], file: Callable[[str], Path], tmp_path: Path) -> None:

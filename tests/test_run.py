@@ -677,7 +677,7 @@ def test_another_teacher_of_the_same_name(tmp_path: Path, distill: Any, monkeypa
             distill(tmp_path / "r", "exact:law.toml")
     before = snapshot(tmp_path / "r")
     law.write_text("weights = [1, 2]\nmeans = [[0, 0], [1, 1.001]]\nstds = 0.5\n")
-    with pytest.raises(ValueError, match="another teacher or data set of the same name"):
+    with pytest.raises(ValueError, match="another teacher, data set or generator of the same name"):
         distill(tmp_path / "r", "exact:law.toml")
     assert snapshot(tmp_path / "r") == before
     law.write_text("# a comment changes nothing\nweights = [1, 2]\nmeans = [[0, 0], [1, 1]]\nstds = 0.5\n")
@@ -847,7 +847,7 @@ def test_other_data_of_the_same_name(tmp_path: Path, tiny: dict[str, Any], point
         with pytest.raises(Stopped):
             limbeck.teach(points, out=tmp_path / "r", tell=Told(), **tiny)
     np.savez(points, x=np.random.default_rng(1).normal(size=(50, 2)))
-    with pytest.raises(ValueError, match="another teacher or data set of the same name"):
+    with pytest.raises(ValueError, match="another teacher, data set or generator of the same name"):
         limbeck.teach(points, out=tmp_path / "r", tell=Told(), **tiny)
 
 

@@ -7,6 +7,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     cost      a part of results/cost.json
     faults    what `make faults` or `make accept` injected, and what became of it
     safety    what a run's safety takes of its time
+    refined   a GAN before and after its refinement
 """
 
 import dataclasses
@@ -21,7 +22,9 @@ from typing import Any
 from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|ledger|fields|cost|faults|safety):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (results|ledger|fields|cost|faults|safety|refined):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
 
 
@@ -194,9 +197,29 @@ def safety(name: str) -> str:
     return f"Of the demo's processor time: {100 * result['share']:.2f}% ({parts}).\n\n*{origin(result)}.*\n"
 
 
+def refined(name: str) -> str:
+    """The Markdown table of results/NAME.json: a GAN, and what was made of it."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
+    metrics = ("fd_feature", "precision", "recall", "class_accuracy")
+    rows = [line(["", *metrics, "spread of fd_feature", "images", "seconds"]), line(["---"] * (len(metrics) + 4))]
+    for row in result["rows"]:
+        numbers = (
+            *(row["metrics"][key] for key in metrics),
+            row["spread"]["fd_feature"],
+            row["images"],
+            row["seconds"],
+        )
+        rows.append(line([row["name"], *map(cell, numbers)]))
+    where = f"{result['draws']} draws of {result['samples']:,} samples, {origin(result)}"
+    return "\n".join([*rows, "", f"*{where}.*", ""])
+
+
 KINDS = {
     "results": table, "ledger": ledger, "fields": fields, "cost": cost, "faults": injected,
-    "safety": safety,
+    "safety": safety, "refined": refined,
 }  # fmt: skip
 
 

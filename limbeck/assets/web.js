@@ -4,8 +4,8 @@
 //                                           labels: n class numbers, -1 for none; left out for a model without classes
 const root = document.documentElement;
 const at = id => document.getElementById(id);
-const { points, shape, classes, megabytes } = JSON.parse(at("facts").textContent);
-const size = shape.reduce((a, b) => a * b, 1);
+const { points, shape, latent, classes, megabytes } = JSON.parse(at("facts").textContent);
+const [size, noiseSize] = [shape, latent].map(sides => sides.reduce((a, b) => a * b, 1));   // of a sample, of its noise
 const count = points ? 2000 : shape[1] > 64 ? 12 : 24;
 const address = new URLSearchParams(location.hash.slice(1));
 const whole = (text, low, high) => Math.min(high, Math.max(low, Math.trunc(Number(text)) || 0));
@@ -59,8 +59,8 @@ function rowsOf(labels) {
 let queue = Promise.resolve();                                                          // the runtime runs one at a time
 function call(z, rows) {
   const run = async () => {
-    const n = z.length / size, start = performance.now();
-    const feeds = { z: new ort.Tensor("float32", z, [n, ...shape]) };
+    const n = z.length / noiseSize, start = performance.now();
+    const feeds = { z: new ort.Tensor("float32", z, [n, ...latent]) };
     if (classes) feeds.cond = new ort.Tensor("float32", rows, [n, classes]);
     const { x } = await session.run(feeds);
     return { x: x.data, milliseconds: performance.now() - start };
@@ -71,9 +71,9 @@ function call(z, rows) {
 
 // The noise between two samples, on the arc that keeps its length typical; the rows of their classes mix in proportion.
 function between(t) {
-  const [a, b] = ends.map(k => noise.subarray(k * size, (k + 1) * size));
+  const [a, b] = ends.map(k => noise.subarray(k * noiseSize, (k + 1) * noiseSize));
   let dot = 0, aa = 0, bb = 0;
-  for (let i = 0; i < size; i++) { dot += a[i] * b[i]; aa += a[i] * a[i]; bb += b[i] * b[i]; }
+  for (let i = 0; i < noiseSize; i++) { dot += a[i] * b[i]; aa += a[i] * a[i]; bb += b[i] * b[i]; }
   const angle = Math.acos(Math.max(-1, Math.min(1, dot / Math.sqrt(aa * bb)))), sine = Math.sin(angle);
   const [p, q] = sine < 1e-4 ? [1 - t, t] : [Math.sin((1 - t) * angle) / sine, Math.sin(t * angle) / sine];
   const row = new Float32Array(classes);
@@ -82,8 +82,8 @@ function between(t) {
 }
 
 async function path(stops) {
-  const z = new Float32Array(stops.length * size), rows = new Float32Array(stops.length * classes);
-  stops.forEach((t, i) => { const part = between(t); z.set(part.z, i * size); rows.set(part.row, i * classes); });
+  const z = new Float32Array(stops.length * noiseSize), rows = new Float32Array(stops.length * classes);
+  stops.forEach((t, i) => { const part = between(t); z.set(part.z, i * noiseSize); rows.set(part.row, i * classes); });
   return (await call(z, rows)).x;
 }
 
@@ -143,16 +143,16 @@ const wipe = target => target.getContext("2d").clearRect(0, 0, target.width, tar
 let turn = 0;                                                                           // a newer click ends older work
 async function fresh() {
   const mine = ++turn;
-  noise = new Float32Array(count * size);
+  noise = new Float32Array(count * noiseSize);
   labels = Array.from({ length: count }, (_, i) => (!classes ? -1 : label >= 0 ? label : i % classes));
-  for (let i = 0; i < count; i++) normals(seed, i, noise.subarray(i * size, (i + 1) * size));
+  for (let i = 0; i < count; i++) normals(seed, i, noise.subarray(i * noiseSize, (i + 1) * noiseSize));
   at("seed").textContent = seed;
   history.replaceState(null, "", `#seed=${seed}${label >= 0 ? `&class=${label}` : ""}`);
   samples = new Float32Array(count * size);
   let spent = 0;
   for (let start = 0; start < count;) {
     const many = Math.min(count - start, Math.max(1, Math.floor(150 / pace)));          // what 150 ms are enough for
-    const { x, milliseconds } = await call(noise.slice(start * size, (start + many) * size), rowsOf(labels.slice(start, start + many)));
+    const { x, milliseconds } = await call(noise.slice(start * noiseSize, (start + many) * noiseSize), rowsOf(labels.slice(start, start + many)));
     if (mine !== turn) return;
     samples.set(x, start * size);
     if (!points) for (let i = 0; i < many; i++) paint(gallery[start + i], x, i);
@@ -307,7 +307,7 @@ async function start() {
   const answer = await fetch("model.onnx");
   if (!answer.ok) throw Error(`model.onnx: ${answer.status} ${answer.statusText}`);
   session = await ort.InferenceSession.create(new Uint8Array(await answer.arrayBuffer()), { executionProviders: ["wasm"] });
-  for (const n of [1, 4]) pace = (await call(new Float32Array(n * size), new Float32Array(n * classes))).milliseconds / n;   // the first call is slower
+  for (const n of [1, 4]) pace = (await call(new Float32Array(n * noiseSize), new Float32Array(n * classes))).milliseconds / n;   // the first call is slower
   layOut();
   layOutBetween();
   layOutClasses();

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, config, data, features, report, summary, teachers
+from limbeck import artifact, config, data, features, refine, report, summary, teachers
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser
@@ -99,8 +99,9 @@ def contestant(source: str, steps: int, size: int | None = None, network: type[n
             raise ValueError(f"{path}: has no finished model yet")
     if path.is_dir() or path.suffix == ".npz":
         return Contestant(source, None, data.load(source, size), steps)
-    if path.is_file() and artifact.is_carded(path) and artifact.read_card(path)["kind"] == "generator":
-        return Contestant(source, artifact.load_generator(path, network), None, steps)
+    generator = refine.generator_at(path, network)
+    if generator is not None:
+        return Contestant(source, generator, None, steps)
     return Contestant(source, teachers.load(source, network), None, steps)
 
 

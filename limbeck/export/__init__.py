@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from limbeck import artifact
 from limbeck.generator import Generator
 
@@ -46,7 +48,11 @@ class Exported:
 
 
 def export(
-    source: str | Path | Generator, to: Target, out: str | Path, runtime: str | Path = "web-runtime"
+    source: str | Path | Generator,
+    to: Target,
+    out: str | Path,
+    runtime: str | Path = "web-runtime",
+    network: type[nn.Module] | None = None,
 ) -> Exported:
     """Export a generator.
 
@@ -55,6 +61,7 @@ def export(
         to: the form.
         out: the file (.onnx, .pt2) or folder to write; a folder must be new or empty.
         runtime: for "web", the folder that holds onnxruntime-web's three files.
+        network: the caller's own class, for a file whose network is none of Limbeck's.
 
     Raises:
         ValueError: naming what is wrong; nothing is written then.
@@ -71,7 +78,7 @@ def export(
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"to: {to} needs {module}: pip install 'limbeck[{extra}]'")
-    generator, card = _opened(source)
+    generator, card = _opened(source, network)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to in SUFFIX:
         from limbeck.export import graph
@@ -97,11 +104,11 @@ def export(
     return _exported(out, *checked)
 
 
-def _opened(source: str | Path | Generator) -> tuple[Generator, dict[str, Any]]:
+def _opened(source: str | Path | Generator, network: type[nn.Module] | None) -> tuple[Generator, dict[str, Any]]:
     """A generator and all that its file says."""
     if not isinstance(source, Generator):
         path = artifact.locate(str(source), "generator")
-        return artifact.load_generator(path), artifact.read_card(path)
+        return artifact.load_generator(path, network), artifact.read_card(path)
     if source.training:
         raise ValueError("generator: is in training mode; call generator.eval() first")
     card: dict[str, Any] = {"format": artifact.FORMAT, "kind": "generator"}

@@ -77,6 +77,7 @@ def page(generator: Generator, card: Mapping[str, Any], size: int) -> str:
     facts = {
         "points": points,
         "shape": list(generator.shape),
+        "latent": list(generator.latent_shape),
         "classes": generator.classes,
         "megabytes": f"{size / 1e6:.1f}",
     }

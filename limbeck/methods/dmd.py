@@ -74,6 +74,10 @@ class DMD:
         return self.game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
+        if generator is not None and generator.latent_shape != template.shape:
+            raise ValueError(
+                "generator: DMD regresses on the teacher's own noise, so latents need the shape of samples; take dmd2"
+            )
         return self.game.players(template, generator)
 
     def optimizers(self) -> dict[str, Optimizer]:

@@ -1,6 +1,7 @@
 """Networks by name. A name in a file resolves here and nowhere else; any other class comes from the caller.
 
-Every network is called as network(x, c_noise, cond) and keeps its constructor's arguments in `arguments`.
+Every network is called as network(x, c_noise, cond) and keeps its constructor's arguments in `arguments`; those of
+`DECODERS` are called as network(z) or network(z, cond).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 
 from limbeck.networks.adm import ADM
 from limbeck.networks.dit import DiT
+from limbeck.networks.gan import Decoder
 from limbeck.networks.mlp import MLP
 from limbeck.networks.perceptron import Perceptron
 from limbeck.networks.songunet import SongUNet
@@ -22,14 +24,21 @@ from limbeck.networks.unet2d import UNet2D
 NETWORKS: dict[str, type[nn.Module]] = {
     "mlp": MLP, "dit": DiT, "songunet": SongUNet, "adm": ADM, "perceptron": Perceptron, "unet2d": UNet2D,
 }  # fmt: skip
+DECODERS: dict[str, type[nn.Module]] = {"decoder": Decoder}  # of a latent alone (`given.Given`)
 OWN = "own:"  # prefix of the name under which a network of the caller's class is stored
 
 
-def build(name: str, arguments: Mapping[str, Any], own: type[nn.Module] | None = None) -> nn.Module:
+def build(
+    name: str,
+    arguments: Mapping[str, Any],
+    own: type[nn.Module] | None = None,
+    known: Mapping[str, type[nn.Module]] = NETWORKS,
+) -> nn.Module:
     """A fresh network.
 
     Args:
         own: the caller's class, which is built where the name is none of Limbeck's.
+        known: Limbeck's, by name.
 
     Raises:
         ValueError: for an unknown name or arguments that it does not take.
@@ -40,10 +49,10 @@ def build(name: str, arguments: Mapping[str, Any], own: type[nn.Module] | None =
                 f"network: {name[len(OWN) :]} is the caller's own class; give it with network=CLASS or --network"
             )
         return _build_own(own, arguments)
-    if name not in NETWORKS:
-        raise ValueError(f"network: unknown name {name!r}, expected one of {', '.join(NETWORKS)}")
+    if name not in known:
+        raise ValueError(f"network: unknown name {name!r}, expected one of {', '.join(known)}")
     try:
-        return NETWORKS[name](**arguments)
+        return known[name](**arguments)
     except TypeError as error:
         raise ValueError(f"network: {name} does not take these arguments: {error}") from None
 

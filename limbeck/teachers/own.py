@@ -68,11 +68,11 @@ def card_of(weights: Path) -> Path | None:
     return path if path.is_file() and not artifact.is_carded(weights) else None
 
 
-def load(weights: Path, card: Path, network: type[nn.Module] | None = None) -> Denoiser:
-    """The teacher of `weights` and `card`, in float32 and eval mode.
+def read_json(card: Path) -> dict[str, Any]:
+    """The table of a card.
 
     Raises:
-        ValueError: naming the file, and the field of the card or the tensor that is wrong.
+        ValueError: naming the file.
     """
     try:
         table = json.loads(card.read_text())
@@ -80,10 +80,28 @@ def load(weights: Path, card: Path, network: type[nn.Module] | None = None) -> D
             raise ValueError("is not a table")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{card}: not a readable JSON file ({error})") from None
+    return table
+
+
+def validated(kind: type, table: dict[str, Any], card: Path) -> Any:
+    """An instance of the dataclass `kind` from the table of `card`.
+
+    Raises:
+        ValueError: naming the file and the field.
+    """
     try:
-        facts: Card = config.validate(Card, table)
+        return config.validate(kind, table)
     except ValueError as error:
         raise ValueError(f"{card}: {error}") from None
+
+
+def load(weights: Path, card: Path, network: type[nn.Module] | None = None) -> Denoiser:
+    """The teacher of `weights` and `card`, in float32 and eval mode.
+
+    Raises:
+        ValueError: naming the file, and the field of the card or the tensor that is wrong.
+    """
+    facts: Card = validated(Card, read_json(card), card)
     if facts.network is None and network is None:
         raise ValueError(f"{card}: the network is the caller's own class; give it with --network pkg.mod:Class")
     described = asdict(facts)
