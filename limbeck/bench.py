@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -33,9 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from limbeck import run
+from limbeck import resources, run
 from limbeck.config import Evaluation, Real, Recipe
-from limbeck.denoiser import Denoiser, Networked, Preconditioned
+from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.generator import Generator
 from limbeck.machine import commit, machine, peak_memory_mib, versions
 from limbeck.networks import for_samples
@@ -107,10 +108,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         trainer = self.trainer
-        for module in (trainer.teacher, *trainer.nets.values()):
-            for network in networks(module):
-                for name in ("forward", "trace", "features"):
-                    self._stand_in(network, name, "teacher" if module is trainer.teacher else "forward")
+        trainer.passes.around = lambda role, call: self._metered(call, "teacher" if role == "teacher" else "forward")
         for optimizer in trainer.optimizers.values():
             self._stand_in(optimizer, "step", "optimizer")
         self._stand_in(trainer, "_backward", "backward")
@@ -125,6 +123,7 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         if self._counter is not None:
             self._counter.__exit__(*error)
+        self.trainer.passes.around = None
         for owner, name, before in reversed(self._replaced):
             if before is None:
                 delattr(owner, name)
@@ -132,9 +131,11 @@ class Meter:
                 setattr(owner, name, before)
 
     def _stand_in(self, owner: Any, name: str, part: str, turn: Callable[..., str] | None = None) -> None:
-        inner = getattr(owner, name, None)
-        if inner is None:  # not every network has `trace` and `features`
-            return
+        self._replaced.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, self._metered(getattr(owner, name), part, turn))
+
+    def _metered(self, inner: Callable[..., Any], part: str, turn: Callable[..., str] | None = None) -> Any:
+        """`inner`, with its time booked on `part`."""
 
         def metered(*args: Any, **kwargs: Any) -> Any:
             now = turn(*args) if turn is not None else self._stack[-1][0] if self._stack else ""
@@ -146,8 +147,7 @@ class Meter:
                 self._mark()
                 self._stack.pop()
 
-        self._replaced.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, metered)
+        return metered
 
     def _mark(self) -> None:
         """Book what has passed since the last mark on the part that was running."""
@@ -161,16 +161,11 @@ class Meter:
         self._since, self._counted = now, counted
 
 
-def networks(module: nn.Module) -> list[nn.Module]:
-    """The networks whose passes are a player's cost: those of its denoisers, or itself if it has none."""
-    found = [m.network for m in module.modules() if isinstance(m, Networked)]
-    return found or [module]
-
-
 class Kept:
     """Bytes that graphs keep for their backward passes, weights aside: the memory that a batch costs.
 
-    A storage counts once, however many nodes keep it. Used as a context around a step.
+    A storage counts once, however many nodes keep it. What checkpointing makes again in the backward pass, a block at a
+    time, is not seen here; it is among all that a step allocates ("step_mib"). Used as a context around a step.
 
     Attributes:
         peak: the most that was kept at once.
@@ -236,6 +231,8 @@ def prepared(
     if teacher is not None:
         recipe = dataclasses.replace(recipe, teacher=f"<{type(teacher).__name__}>")
     job = run.distillation(recipe, Path(tempfile.gettempdir()) / "limbeck-bench", lambda line: None, teacher, network)
+    if recipe.micro_batches == 0:
+        job = run.fitted(job, resources.measure(job.trainer, job.source), lambda line: None)
     noise = job.source
     assert isinstance(noise, NoiseSource)
     home = job.trainer.teacher
@@ -248,7 +245,10 @@ def prepared(
         pairs = Pairs(z, x, cond)
     labels = torch.arange(len(x)) % home.classes if home.classes and not home.contexts else None
     provider = provider_of(x, labels) if recipe.method.needs_real else None
-    return job.trainer, RealSource(noise, provider, pairs)
+    source = RealSource(noise, provider, pairs)
+    if recipe.compile:
+        job.trainer.compile(source, lambda line: print(line, file=sys.stderr))
+    return job.trainer, source
 
 
 def bench(
@@ -272,15 +272,18 @@ def bench(
     Returns:
         For every setting: seconds of a step (median over repeats) by turn and part, images/s, FLOPs per image and in
         units of one forward pass of the teacher's network, the fraction of the matrix product's peak, MiB that graphs
-        keep; and for two settings the ratios of their times, pair by pair.
+        keep, and all that a step allocates at once; and for two settings the ratios of their times, pair by pair.
     """
     sides = {name: prepared(recipe, teacher, network) for name, recipe in recipes.items()}
     told: dict[str, dict[str, Any]] = {}
     for name, (trainer, source) in sides.items():  # also the warm-up
         trainer.images = first
-        with Kept(trainer) as kept, Meter(trainer, count=True) as meter:
+        with Kept(trainer) as kept, resources.Watch() as watch, Meter(trainer, count=True) as meter:
             trainer.advance(source)
-        told[name] = _counts(trainer, recipes[name], meter) | {"graph_mib": round(kept.peak / 2**20, 2)}
+        told[name] = _counts(trainer, recipes[name], meter) | {
+            "graph_mib": round(kept.peak / 2**20, 2),
+            "step_mib": round(watch.top / 2**20, 2),
+        }
     times: dict[str, list[float]] = {name: [] for name in sides}
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     peaks = [matmul_peak()]
@@ -400,7 +403,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             f"{name}: {side['images_per_second']:.4g} images/s, {total:.4g} s per step of {side['batch']}, "
             f"{side['flops_per_image'] / 1e9:.4g} GFLOP per image = {passes}, {side['gflop_per_second']:.4g} GFLOP/s "
             f"= {side['fraction_of_peak']:.2f} of {result['peak_gflop_per_second']:.4g}, "
-            f"graphs of {side['graph_mib']:g} MiB"
+            f"graphs of {side['graph_mib']:g} MiB, {side['step_mib']:g} in all"
         )
         for turn, parts in side["turns"].items():
             spent = ", ".join(f"{part} {100 * value / total:.1f}%" for part, value in parts.items())

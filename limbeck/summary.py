@@ -162,6 +162,8 @@ def conclude(
         "seconds": round(seconds, 1),
         "seed": recipe.seed,
         "processes": rank_and_world()[1],
+        "micro_batches": job.parts,
+        "skipped": {key: [s.skipped, s.updates] for key, s in job.trainer.scalers.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
@@ -192,6 +194,8 @@ def conclude(
     )
     for line in table_lines(result):
         tell(line)
+    for key, scaler in job.trainer.scalers.items():
+        tell(f"float16: {scaler.skipped:,} of {scaler.updates:,} updates of {key} skipped")
     tell(f"report: {job.out / 'report.html'}")
     return result
 
