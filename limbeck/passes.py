@@ -16,6 +16,7 @@ Gradients that pass through float16 underflow, so the loss is multiplied by a `S
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class Passes:
 
     Attributes:
         compiled: whether calls are compiled: off until `Trainer.compile` has tried it.
+        failed: why compiling failed, in one line; "" = it has not.
         around: put around every call of a network, given its role: for meters.
 
     Raises:
@@ -74,7 +76,7 @@ class Passes:
                     raise ValueError(f"{key}{name}: this role has no weights to compute with; leave it out")
         self.roles, self.checkpointing = dict(roles), tuple(checkpointing)
         self.precision = {role: kind for role, kind in precision.items() if kind != "fp32"}
-        self.compiled = False
+        self.compiled, self.failed = False, ""
         self.around: Callable[[str, Call], Call] | None = None
         self._made: dict[tuple[nn.Module, str], Call] = {}
         self._inside: set[nn.Module] = set()
@@ -143,14 +145,21 @@ class Passes:
         def call(*args: Any) -> Any:
             if self.compiled:
                 try:
-                    return made(*args)
-                except Exception:  # whatever a compiler fails by; what is wrong without it too is raised now
-                    result = plain(*args)
-                    self.compiled = False
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of what the compiler's own tracing does
+                        return made(*args)
+                except Exception as error:  # whatever a compiler fails by
+                    result = plain(*args)  # what is wrong without it too is raised here
+                    self.give_up(error)
                     return result
             return plain(*args)
 
         return call
+
+    def give_up(self, error: Exception) -> None:
+        """Run uncompiled from now on."""
+        self.compiled = False
+        self.failed = " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _reduced(call: Call, dtype: torch.dtype) -> Call:

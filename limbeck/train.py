@@ -249,11 +249,10 @@ class Trainer:
             for index, turn in enumerate(self.objective.turns(self.step, self.images)):
                 with self.rehearsal(turn.players):
                     turn.loss(self.nets, self.teacher, next(iter(source(self.step, index)))).sum().backward()
-            failed = "" if self.passes.compiled else "a pass"
-        except Exception as error:  # a backward pass; what is wrong without a compiler too, the first turn will say
-            self.passes.compiled, failed = False, str(error).strip().splitlines()[0][:200]
-        if failed:
-            tell(f"compile: failed ({failed}); the networks run uncompiled")
+        except Exception as error:  # in a backward pass; what is wrong without a compiler too, the first turn will say
+            self.passes.give_up(error)
+        if self.passes.failed:
+            tell(f"compile: failed ({self.passes.failed}); the networks run uncompiled")
 
     def _rest(self, players: Mapping[str, nn.Module]) -> None:
         for player in players.values():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from limbeck import bench, checkpoint, cli, config, methods, networks, passes, resources, run
+from limbeck import bench, checkpoint, cli, config, methods, passes, resources, run
 from limbeck.denoiser import Denoiser, Preconditioned, Rescaled
 from limbeck.exact import Gaussian
 from limbeck.generator import OneStep, Trajectory
@@ -60,6 +60,15 @@ def trainer(method: str = "pid", network: str = "mlp", dtype: torch.dtype = torc
     return Trainer(M[method](), copy.deepcopy(home), home, steps=9, **fields)
 
 
+def arguments(out: Path, **keys: Any) -> list[str]:
+    """A run of a fraction of a second on the command line."""
+    every = {
+        "steps": 6, "batch": 8, "template.network": "mlp", "template.width": 8, "template.depth": 1, "every.save": 1,
+        "every.log": 1, "every.sample": 0, "evaluate.samples": 200, "evaluate.teacher_steps": 4, **keys,
+    }  # fmt: skip
+    return ["distill", "exact:ring8", "--out", str(out), *(w for k, v in every.items() for w in (f"--{k}", str(v)))]
+
+
 def weights(made: Trainer) -> Tensor:
     return torch.cat([p.detach().flatten() for p in (*made.nets.parameters(), *made.ema.module.parameters())])
 
@@ -84,7 +93,7 @@ def test_a_role_computes_in_its_precision_while_turns_are_played(role: str) -> N
     assert all(t.dtype == torch.float32 for t in tensors.values())
     expected = plain.advance(noise())
     for key in ("loss/fake", "loss/generator"):
-        assert told[key] == pytest.approx(expected[key], rel=0.1)
+        assert float(told[key]) == pytest.approx(float(expected[key]), rel=0.1)
     assert any(told[key] != expected[key] for key in ("loss/fake", "loss/generator"))
     # outside of turns: as ever
     x = torch.randn(2, 1, 8, 8)
@@ -109,7 +118,6 @@ def test_a_rescaled_model_is_a_network_too() -> None:
     model = NETWORKS["mlp"]()
     teacher = Rescaled(model, Flow(), "flow", (1, 8, 8))
     assert passes.networks(teacher) == [model]
-    assert passes.networks(nn.Sequential(teacher, denoiser())) == [model, passes.networks(denoiser())[0]] or True
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,7 @@ def test_unknown_roles(fields: dict[str, Any], message: str) -> None:
 
 
 def test_exact_teachers_have_no_weights() -> None:
-    with pytest.raises(ValueError, match="^precision.teacher: this role has no weights"):
+    with pytest.raises(ValueError, match=r"^precision\.teacher: this role has no weights"):
         Trainer(M["pid"](), Gaussian([0.0], 0.5), denoiser(), steps=1, precision={"teacher": "bf16"})
 
 
@@ -157,7 +165,7 @@ class Smooth(nn.Module):
         self.phase = torch.linspace(0, 6, 64)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        out: Tensor = self.last(torch.sin(self.phase + x.flatten(1) + noise[:, None] / 9))
+        out: Tensor = self.last(torch.sin(self.phase + x.flatten(1) + 9 * noise[:, None]))
         return out.reshape(x.shape)
 
 
@@ -171,22 +179,24 @@ def test_noise_gain_of_pid(kind: Precision, known: float) -> None:
     grid = pid.Karras().grid(250)[:-1].float()
     t, s = grid[:-1], grid[1:]
     rng = torch.Generator().manual_seed(0)
-    error = torch.zeros(249)
+    gaps, roundings = torch.zeros(249), torch.zeros(2, 249)
+    t_, s_ = t[:, None, None, None], s[:, None, None, None]
     with torch.no_grad():
         for _ in range(12):
             z = torch.randn(1, 1, 8, 8, generator=rng).expand(249, -1, -1, -1)
             exact = [student.raw(z, level) for level in (t, s)]
             with Passes({"generator": student}, {"generator": kind}, ())():
                 rounded = [student.raw(z, level) for level in (t, s)]
-            assert all(f.dtype == torch.float32 and not torch.equal(f, e) for f, e in zip(rounded, exact, strict=True))
-            t_, s_ = t[:, None, None, None], s[:, None, None, None]
+            assert all(f.dtype == torch.float32 for f in rounded)
             gap = pid.pid_prediction(*rounded, t_, s_, 80.0) - pid.pid_prediction(*exact, t_, s_, 80.0)
-            error += gap.square().flatten(1).mean(1) / 12
+            gaps += gap.square().flatten(1).mean(1) / 12
+            for number, (f, e) in enumerate(zip(rounded, exact, strict=True)):
+                roundings[number] += (f - e).square().flatten(1).mean(1) / 12
     a, b = t * (1 - s / 80) / (t - s), s * (1 - t / 80) / (t - s)
-    unit = {"fp16": 2.0**-11, "bf16": 2.0**-8}[kind] / math.sqrt(3)  # of numbers in [1, 2)
-    ratio = error.sqrt() / (a**2 + b**2).sqrt() / unit
-    assert (ratio[5:] > 0.3).all() and (ratio[5:] < 0.8).all()  # |F| < 1, where roundings are half as large and less
-    assert error.max().sqrt() == pytest.approx(known, rel=0.5)
+    known_gain = (a**2 * roundings[1] + b**2 * roundings[0]).sqrt()
+    assert torch.allclose(gaps.sqrt(), known_gain, rtol=0.15)
+    assert 40 < float((a**2 + b**2).sqrt().max()) < 45  # a and b of 30 at most
+    assert gaps.max().sqrt() == pytest.approx(known, rel=0.5)
 
 
 # The scaler -----------------------------------------------------------------------------------------------------------
@@ -294,28 +304,23 @@ def test_the_factor_falls_and_rises() -> None:
     for _ in range(passes.SEARCH - 1):
         scaler.add(False)
     assert not scaler.failing
-    scaler.add(False)
-    assert scaler.failing and not Scaler(updates=10_000, skipped=100).failing
+    assert Scaler(updates=11, skipped=11).failing and not Scaler(updates=10_000, skipped=100).failing
     assert Scaler(updates=10_000, skipped=101).failing
 
 
 def test_more_than_one_percent_stops_the_run_in_one_line(
-    tmp_path: Path, tiny_keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(Scaler, "scale", 2.0**126)
-    arguments = ["distill", "exact:ring8", "--out", str(tmp_path / "r"), *tiny_keys, "--steps", "40"]
-    code = cli.main([*arguments, "--precision.generator", "fp16"])
+    monkeypatch.setattr(Scaler.__init__, "__defaults__", (2.0**60, 0, 0, 0))
+    code = cli.main(arguments(tmp_path / "r", steps=40, **{"precision.generator": "fp16"}))
     told = capsys.readouterr().err.splitlines()[-1]
     assert code == 1 and told.startswith("limbeck: 11 of 11 updates of generator were skipped"), told
 
 
-def test_skipped_updates_are_told_and_reported(
-    tmp_path: Path, tiny_keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_skipped_updates_are_told_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(Scaler.__init__, "__defaults__", (2.0**60, 0, 0, 0))
     monkeypatch.setattr(passes, "SEARCH", 10**6)
-    keys = [*tiny_keys, "--precision.generator", "fp16", "--every.log", "1"]
-    assert cli.main(["distill", "exact:ring8", "--out", str(tmp_path / "r"), *keys]) == 0
+    assert cli.main(arguments(tmp_path / "r", **{"precision.generator": "fp16"})) == 0
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     skipped, updates = report["skipped"]["generator"]
     assert skipped == updates == report["steps"] and report["recipe"]["precision"] == {"generator": "fp16"}
@@ -346,19 +351,20 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert max(float(g.abs().max()) for g in gradients[0]) > 1e-3
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
-    assert kept[1] < 0.5 * kept[0] and tops[1] < tops[0]
+    assert kept[1] < 0.5 * kept[0]
+    # a whole pass that is made again is there again
+    assert tops[1] <= tops[0] if name == "mlp" else tops[1] < 0.8 * tops[0]
 
 
 def test_blocks_are_made_again_one_by_one() -> None:
-    assert len(passes.blocks(NETWORKS["songunet"]())) == 8 and len(passes.blocks(NETWORKS["dit"]())) == 2
+    assert len(passes.blocks(NETWORKS["songunet"]())) == 10 and len(passes.blocks(NETWORKS["dit"]())) == 2
     assert passes.blocks(NETWORKS["mlp"]()) == []
 
 
-def test_a_run_may_go_on_with_checkpointing(tmp_path: Path, tiny_keys: list[str]) -> None:
+def test_a_run_may_go_on_with_checkpointing(tmp_path: Path) -> None:
     out = tmp_path / "r"
-    keys = [*tiny_keys, "--checkpointing", '["generator"]', "--steps", "30"]
-    assert cli.main(["distill", "exact:ring8", "--out", str(out), *tiny_keys]) == 0
-    assert cli.main(["distill", "exact:ring8", "--out", str(out), *keys]) == 0
+    assert cli.main(arguments(out)) == 0
+    assert cli.main(arguments(out, steps=9, checkpointing='["generator"]')) == 0
     assert config.read_toml(out / "recipe.toml")["checkpointing"] == ["generator"]
 
 
@@ -371,7 +377,7 @@ def test_compiled_networks_keep_their_names_and_results(monkeypatch: pytest.Monk
     made, plain = trainer("sid"), trainer("sid")
     lines: list[str] = []
     made.compile(noise(), lines.append)
-    assert made.passes.compiled and not lines
+    assert not lines and made.passes.compiled
     for one in (made, plain):
         for _ in range(2):
             one.advance(noise())
@@ -383,14 +389,12 @@ def test_compiled_networks_keep_their_names_and_results(monkeypatch: pytest.Monk
     assert meter.seconds["generator", "teacher"] > 0 and meter.seconds["fake", "forward"] > 0
 
 
-def test_without_a_compiler_one_line_says_so(
-    tmp_path: Path, tiny_keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_without_a_compiler_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     import torch._inductor.config
 
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-    assert cli.main(["distill", "exact:ring8", "--out", str(tmp_path / "r"), *tiny_keys, "--compile", "true"]) == 0
+    assert cli.main(arguments(tmp_path / "r", compile="true")) == 0
     told = capsys.readouterr().err
     assert told.count("compile: ") == 1 and "run uncompiled" in told and "Traceback" not in told
 
@@ -398,17 +402,14 @@ def test_without_a_compiler_one_line_says_so(
 # Micro-batches --------------------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_are_chosen_to_fit(
-    tmp_path: Path, tiny_keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_micro_batches_are_chosen_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Chosen from the estimate and the free memory, told, kept while they fit, and told again when they do not."""
     needs = Needs(resident=2**30, fixed=2**28, sample=2**30 / 16, save=0, moments=0, checkpoint=10**6)
     monkeypatch.setattr(resources, "measure", lambda trainer, source: needs)
 
     def go(free: float, steps: int) -> tuple[str, dict[str, Any]]:
         monkeypatch.setattr(resources, "free_memory", lambda: round(free))
-        keys = [*tiny_keys, "--batch", "16", "--micro_batches", "0", "--steps", str(steps)]
-        assert cli.main(["distill", "exact:ring8", "--out", str(out), *keys]) == 0
+        assert cli.main(arguments(out, batch=16, micro_batches=0, steps=steps)) == 0
         return capsys.readouterr().err, json.loads((out / "report.json").read_text())
 
     def newest() -> int:
@@ -436,5 +437,4 @@ def test_chosen_parts_are_those_that_are_played(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(resources, "free_memory", lambda: 0)
     parted = run.fitted(job, needs, lambda line: None)
     assert parted.parts == 16 and [len(batch.z) for batch in parted.source(0, 0)] == [1] * 16
-    assert networks.NETWORKS  # the caller's own job is as it was
-    assert job.parts == 1
+    assert job.parts == 1  # the caller's own job is as it was
