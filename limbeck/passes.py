@@ -140,7 +140,9 @@ class Passes:
         """The compiled call; a plain one as soon as compiling has failed."""
         if not self.compiled:
             return plain
-        made = self._made.setdefault((network, name), torch.compile(plain))
+        if (network, name) not in self._made:
+            self._made[network, name] = torch.compile(plain)
+        made = self._made[network, name]
 
         def call(*args: Any) -> Any:
             if self.compiled:
