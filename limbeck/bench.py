@@ -37,11 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from limbeck import resources, run
 from limbeck.config import Evaluation, Real, Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
-from limbeck.generator import Generator
 from limbeck.machine import commit, machine, peak_memory_mib, versions
 from limbeck.networks import for_samples
 from limbeck.objective import Pairs
-from limbeck.sample import heun
 from limbeck.source import NoiseSource, RealSource, provider_of
 from limbeck.train import Source, Trainer
 
@@ -370,29 +368,6 @@ def _by_part(seconds: Mapping[tuple[str, str], float]) -> dict[str, float]:
     return {part: total[part] for part in PARTS if part in total}
 
 
-@torch.no_grad()
-def sampling(
-    makers: Mapping[str, Callable[[Tensor], Tensor]], latent_shape: tuple[int, ...], batch: int, repeats: int = 5
-) -> dict[str, Any]:
-    """Images/s at `batch` and milliseconds of one image, of several samplers in turns, each as maker(z)."""
-    told: dict[str, dict[str, Any]] = {name: {"batch": batch} for name in makers}
-    for count, key in ((batch, "seconds_of_a_batch"), (1, "seconds_of_one")):
-        z = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(0))
-        times: dict[str, list[float]] = {name: [] for name in makers}
-        for number in range(repeats + 1):
-            for name, maker in makers.items():
-                start = time.perf_counter()
-                maker(z)
-                if number:  # the first one warms up
-                    times[name].append(time.perf_counter() - start)
-        for name in makers:
-            told[name][key] = statistics.median(times[name])
-    for row in told.values():
-        row["images_per_second"] = batch / row["seconds_of_a_batch"]
-        row["ms_at_batch_1"] = 1000 * row["seconds_of_one"]
-    return told
-
-
 def lines(result: Mapping[str, Any]) -> list[str]:
     """A result of `bench` as text."""
     out = []
@@ -412,11 +387,3 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         r = result["ratio"]
         out.append(f"time of {r['of']}: {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})")
     return out
-
-
-def makers_of(generator: Generator, teacher: Denoiser, steps: int = 18) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The generator's one call beside the teacher's 2 * steps - 1 (Heun), without labels."""
-    return {
-        "generator": lambda z: generator(z, None),
-        f"teacher, {2 * steps - 1} NFE": lambda z: heun(teacher, z, steps),
-    }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, config, data, features, report, teachers
+from limbeck import artifact, config, data, features, report, speed, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import rank_and_world
@@ -30,6 +30,7 @@ from limbeck.sample import heun
 if TYPE_CHECKING:
     from limbeck.run import Best, Job
 
+EXPORTED = 300  # seconds of training from which on the generator is also timed in ONNX Runtime: exporting takes ten
 Panel = report.Picture | report.Scatter | report.Curve
 
 
@@ -187,12 +188,18 @@ def conclude(
             panels = [*figures(job, model), *report.history_curves(result)]
     if rank_and_world()[0] != 0:
         return result
+    if isinstance(model, Generator):
+        result["speed"] = speed.measure(
+            model, job.trainer.teacher, recipe.evaluate.teacher_steps, onnx=seconds > EXPORTED
+        )
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
     write_atomically(
         job.out / "report.html",
         report.render(result, panels, [r for r in rows if not {"metrics", "warning"} & r.keys()]),
     )
     for line in table_lines(result):
+        tell(line)
+    for line in speed.lines(result.get("speed", {})):
         tell(line)
     for key, scaler in job.trainer.scalers.items():
         tell(f"float16: {scaler.skipped:,} of {scaler.updates:,} updates of {key} skipped")
