@@ -178,8 +178,10 @@ def _reduced(call: Call, dtype: torch.dtype) -> Call:
 def _made_twice(call: Call) -> Call:
     from torch.utils.checkpoint import checkpoint
 
-    def twice(*args: Any) -> Any:
-        return checkpoint(call, *args, use_reentrant=False) if torch.is_grad_enabled() else call(*args)
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return call(*args, **kwargs)
+        return checkpoint(call, *args, use_reentrant=False, **kwargs)
 
     return twice
 

@@ -244,6 +244,9 @@ class Trainer:
 
     def compile(self, source: Source, tell: Callable[[str], None]) -> None:
         """Compile the networks, by a rehearsal of every turn; if that fails, one line says so, and they stay plain."""
+        if self.sharded:
+            tell("compile: not for players that are split; the networks run uncompiled")
+            return
         self.passes.compiled = True
         try:
             for index, turn in enumerate(self.objective.turns(self.step, self.images)):

@@ -350,7 +350,7 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert len(gradients[0]) == len(gradients[1]) > 5
     assert max(float(g.abs().max()) for g in gradients[0]) > 1e-3
     for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+        assert torch.equal(one, other)  # the same operations on the same numbers
     assert kept[1] < 0.5 * kept[0]
     # a whole pass that is made again is there again
     assert tops[1] <= tops[0] if name == "mlp" else tops[1] < 0.8 * tops[0]
