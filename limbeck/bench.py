@@ -276,7 +276,9 @@ def bench(
     told: dict[str, dict[str, Any]] = {}
     for name, (trainer, source) in sides.items():  # also the warm-up
         trainer.images = first
-        with Kept(trainer) as kept, resources.Watch() as watch, Meter(trainer, count=True) as meter:
+        trainer.advance(source)
+        watching = resources.Watch(resources.standing(trainer))
+        with Kept(trainer) as kept, watching as watch, Meter(trainer, count=True) as meter:
             trainer.advance(source)
         told[name] = _counts(trainer, recipes[name], meter) | {
             "graph_mib": round(kept.peak / 2**20, 2),

@@ -108,20 +108,34 @@ def measure(trainer: Trainer, source: Source) -> Needs:
 
 def _peaks(trainer: Trainer, players: Sequence[str], loss: Loss, batch: Batch) -> tuple[int, int]:
     """Most bytes that a turn holds at a time in its forward pass, and in all, gradients included."""
-    with trainer.rehearsal(players), Watch() as watch:
+    with trainer.rehearsal(players), Watch(standing(trainer)) as watch:
         total = loss(trainer.nets, trainer.teacher, batch).sum()
         forward = watch.top
         total.backward()
         return forward, watch.top
 
 
-class Watch(TorchDispatchMode):
-    """Counts the bytes of all storages that come out of torch's operations and are still there."""
+def standing(trainer: Trainer) -> Iterator[Tensor]:
+    """What a trainer holds between two steps."""
+    for module in (trainer.nets, trainer.teacher, trainer.ema.module):
+        yield from module.parameters()
+        yield from module.buffers()
+    for optimizer in trainer.optimizers.values():
+        for moments in optimizer.state.values():
+            yield from (moment for moment in moments.values() if isinstance(moment, Tensor))
 
-    def __init__(self) -> None:
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of all storages that come out of torch's operations and are still there, but those of `before`:
+    a view of a weight is none that was made.
+    """
+
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.top = 0
         self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        for tensor in before:
+            self.known[local(tensor).untyped_storage()] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -82,25 +82,28 @@ SWITCHES: dict[str, dict[str, Any]] = {
 def switches() -> dict[str, Any]:
     """Time and memory of a step of PID with a switch on, as ratios to the same step without, in turns; one thread."""
     torch.set_num_threads(1)
-    told: dict[str, Any] = {}
-    for network, teacher, batch, repeats, each in (
-        ("digits", "digits", 128, 9, 5),
-        ("cifar10", "<untrained>", 2, 3, 1),
-    ):
-        home = bench.untrained(network) if network in bench.UNTRAINED else None
-        table = {"teacher": teacher, "method": {"name": "pid"}, "batch": batch}
-        recipe = config.resolve(table, methods.METHODS)
-        told[network] = {}
-        for name, keys in SWITCHES.items():
-            on = config.resolve({**table, **keys}, methods.METHODS)
-            result = bench.bench({name: on, "off": recipe}, home, repeats=repeats, steps=each)
-            print("\n".join(bench.lines(result)), file=sys.stderr, flush=True)
-            sides = result["settings"]
-            memory = {key: sides[name][key] / sides["off"][key] for key in ("graph_mib", "step_mib")}
-            told[network][name] = {"batch": batch, "time": result["ratio"], **memory}
+    told: dict[str, Any] = {"digits": {name: switched("digits", name) for name in SWITCHES}}
+    # compiling the large network takes longer than all the rest: a part of its own
+    told["cifar10"] = {name: switched("cifar10", name) for name in SWITCHES if name != "compiled"}
     full: Any = bench.untrained("cifar10")
     told["cifar10"]["channels-last, one network"] = {"batch": 2, "time": channels_last(full.network.train(), 5)}
-    return {**told, "versions": versions(), "machine": machine(), "commit": commit()}
+    return told | {"versions": versions(), "machine": machine(), "commit": commit()}
+
+
+def switched(network: str, name: str) -> dict[str, Any]:
+    """The ratios of one switch."""
+    torch.set_num_threads(1)
+    large = network in bench.UNTRAINED
+    batch, repeats, each = (2, 3, 1) if large else (128, 9, 5)
+    table = {"teacher": "<untrained>" if large else network, "method": {"name": "pid"}, "batch": batch}
+    recipes = {
+        name: config.resolve({**table, **SWITCHES[name]}, methods.METHODS),
+        "off": config.resolve(table, methods.METHODS),
+    }
+    result = bench.bench(recipes, bench.untrained(network) if large else None, repeats=repeats, steps=each)
+    print("\n".join(bench.lines(result)), file=sys.stderr, flush=True)
+    on, off = result["settings"].values()
+    return {"batch": batch, "time": result["ratio"], **{k: on[k] / off[k] for k in ("graph_mib", "step_mib")}}
 
 
 def channels_last(network: torch.nn.Module, repeats: int) -> dict[str, Any]:
@@ -124,6 +127,7 @@ def channels_last(network: torch.nn.Module, repeats: int) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "switches": switches,
+    "compiled": lambda: switched("cifar10", "compiled"),
     "optimizer": optimizers,
     "sampling": sampling,
     "digits": lambda: steps("digits", 128, 7, 20),
@@ -137,7 +141,7 @@ def main() -> int:
     told = json.loads(path.read_text()) if path.is_file() else {}
     for part in sys.argv[1:] or PARTS:
         told[part] = PARTS[part]()
-        if part != "switches":  # it says of itself where it was measured
+        if part not in ("switches", "compiled"):  # the first says of itself where it was measured
             told |= {
                 "note": "absolute times are those of a machine that others may use at the same time",
                 "versions": versions(), "machine": machine(), "commit": commit(),

@@ -119,7 +119,11 @@ def cost(part: str) -> str:
                 rows.append(line([cell(c) for c in cells]))
         return f"Adam, foreach / fused: {one['ratio']:.1f} times the time.\n\n" + "\n".join(rows) + "\n"
     if part == "switches":
+        if part not in told:
+            return "*Not measured yet.*\n"
         switches = told[part]
+        if "compiled" in told:
+            switches["cifar10"]["compiled"] = told["compiled"]
         rows = [line(["switch", "network, batch", "time, on / off", "graphs", "step in all"]), line(["---"] * 5)]
         for network in ("cifar10", "digits"):
             for name, row in switches[network].items():
