@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -33,15 +34,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from limbeck import run
+from limbeck import resources, run
 from limbeck.config import Evaluation, Real, Recipe
-from limbeck.denoiser import Denoiser, Networked, Preconditioned
+from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.game import Settling
-from limbeck.generator import Generator
 from limbeck.machine import commit, machine, peak_memory_mib, versions
 from limbeck.networks import for_samples
 from limbeck.objective import Pairs
-from limbeck.sample import heun
 from limbeck.source import NoiseSource, RealSource, provider_of
 from limbeck.train import Source, Trainer
 
@@ -108,10 +107,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         trainer = self.trainer
-        for module in (trainer.teacher, *trainer.nets.values()):
-            for network in networks(module):
-                for name in ("forward", "trace", "features"):
-                    self._stand_in(network, name, "teacher" if module is trainer.teacher else "forward")
+        trainer.passes.around = lambda role, call: self._metered(call, "teacher" if role == "teacher" else "forward")
         for optimizer in trainer.optimizers.values():
             self._stand_in(optimizer, "step", "optimizer")
         self._stand_in(trainer, "_backward", "backward")
@@ -126,6 +122,7 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         if self._counter is not None:
             self._counter.__exit__(*error)
+        self.trainer.passes.around = None
         for owner, name, before in reversed(self._replaced):
             if before is None:
                 delattr(owner, name)
@@ -133,9 +130,11 @@ class Meter:
                 setattr(owner, name, before)
 
     def _stand_in(self, owner: Any, name: str, part: str, turn: Callable[..., str] | None = None) -> None:
-        inner = getattr(owner, name, None)
-        if inner is None:  # not every network has `trace` and `features`
-            return
+        self._replaced.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, self._metered(getattr(owner, name), part, turn))
+
+    def _metered(self, inner: Callable[..., Any], part: str, turn: Callable[..., str] | None = None) -> Any:
+        """`inner`, with its time booked on `part`."""
 
         def metered(*args: Any, **kwargs: Any) -> Any:
             now = turn(*args) if turn is not None else self._stack[-1][0] if self._stack else ""
@@ -147,8 +146,7 @@ class Meter:
                 self._mark()
                 self._stack.pop()
 
-        self._replaced.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, metered)
+        return metered
 
     def _mark(self) -> None:
         """Book what has passed since the last mark on the part that was running."""
@@ -162,16 +160,11 @@ class Meter:
         self._since, self._counted = now, counted
 
 
-def networks(module: nn.Module) -> list[nn.Module]:
-    """The networks whose passes are a player's cost: those of its denoisers, or itself if it has none."""
-    found = [m.network for m in module.modules() if isinstance(m, Networked)]
-    return found or [module]
-
-
 class Kept:
     """Bytes that graphs keep for their backward passes, weights aside: the memory that a batch costs.
 
-    A storage counts once, however many nodes keep it. Used as a context around a step.
+    A storage counts once, however many nodes keep it. What checkpointing makes again in the backward pass, a block at a
+    time, is not seen here; it is among all that a step allocates ("step_mib"). Used as a context around a step.
 
     Attributes:
         peak: the most that was kept at once.
@@ -237,6 +230,8 @@ def prepared(
     if teacher is not None:
         recipe = dataclasses.replace(recipe, teacher=f"<{type(teacher).__name__}>")
     job = run.distillation(recipe, Path(tempfile.gettempdir()) / "limbeck-bench", lambda line: None, teacher, network)
+    if recipe.micro_batches == 0:
+        job = run.fitted(job, resources.measure(job.trainer, job.source), lambda line: None)
     noise = job.source
     assert isinstance(noise, NoiseSource)
     for net in job.trainer.nets.values():
@@ -252,7 +247,10 @@ def prepared(
         pairs = Pairs(z, x, cond)
     labels = torch.arange(len(x)) % home.classes if home.classes and not home.contexts else None
     provider = provider_of(x, labels) if recipe.method.needs_real else None
-    return job.trainer, RealSource(noise, provider, pairs)
+    source = RealSource(noise, provider, pairs)
+    if recipe.compile:
+        job.trainer.compile(source, lambda line: print(line, file=sys.stderr))
+    return job.trainer, source
 
 
 def bench(
@@ -276,15 +274,20 @@ def bench(
     Returns:
         For every setting: seconds of a step (median over repeats) by turn and part, images/s, FLOPs per image and in
         units of one forward pass of the teacher's network, the fraction of the matrix product's peak, MiB that graphs
-        keep; and for two settings the ratios of their times, pair by pair.
+        keep, and all that a step allocates at once; and for two settings the ratios of their times, pair by pair.
     """
     sides = {name: prepared(recipe, teacher, network) for name, recipe in recipes.items()}
     told: dict[str, dict[str, Any]] = {}
     for name, (trainer, source) in sides.items():  # also the warm-up
         trainer.images = first
-        with Kept(trainer) as kept, Meter(trainer, count=True) as meter:
+        trainer.advance(source)
+        watching = resources.Watch(resources.standing(trainer))
+        with Kept(trainer) as kept, watching as watch, Meter(trainer, count=True) as meter:
             trainer.advance(source)
-        told[name] = _counts(trainer, recipes[name], meter) | {"graph_mib": round(kept.peak / 2**20, 2)}
+        told[name] = _counts(trainer, recipes[name], meter) | {
+            "graph_mib": round(kept.peak / 2**20, 2),
+            "step_mib": round(watch.top / 2**20, 2),
+        }
     times: dict[str, list[float]] = {name: [] for name in sides}
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     peaks = [matmul_peak()]
@@ -371,29 +374,6 @@ def _by_part(seconds: Mapping[tuple[str, str], float]) -> dict[str, float]:
     return {part: total[part] for part in PARTS if part in total}
 
 
-@torch.no_grad()
-def sampling(
-    makers: Mapping[str, Callable[[Tensor], Tensor]], latent_shape: tuple[int, ...], batch: int, repeats: int = 5
-) -> dict[str, Any]:
-    """Images/s at `batch` and milliseconds of one image, of several samplers in turns, each as maker(z)."""
-    told: dict[str, dict[str, Any]] = {name: {"batch": batch} for name in makers}
-    for count, key in ((batch, "seconds_of_a_batch"), (1, "seconds_of_one")):
-        z = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(0))
-        times: dict[str, list[float]] = {name: [] for name in makers}
-        for number in range(repeats + 1):
-            for name, maker in makers.items():
-                start = time.perf_counter()
-                maker(z)
-                if number:  # the first one warms up
-                    times[name].append(time.perf_counter() - start)
-        for name in makers:
-            told[name][key] = statistics.median(times[name])
-    for row in told.values():
-        row["images_per_second"] = batch / row["seconds_of_a_batch"]
-        row["ms_at_batch_1"] = 1000 * row["seconds_of_one"]
-    return told
-
-
 def lines(result: Mapping[str, Any]) -> list[str]:
     """A result of `bench` as text."""
     out = []
@@ -404,7 +384,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             f"{name}: {side['images_per_second']:.4g} images/s, {total:.4g} s per step of {side['batch']}, "
             f"{side['flops_per_image'] / 1e9:.4g} GFLOP per image = {passes}, {side['gflop_per_second']:.4g} GFLOP/s "
             f"= {side['fraction_of_peak']:.2f} of {result['peak_gflop_per_second']:.4g}, "
-            f"graphs of {side['graph_mib']:g} MiB"
+            f"graphs of {side['graph_mib']:g} MiB, {side['step_mib']:g} in all"
         )
         for turn, parts in side["turns"].items():
             spent = ", ".join(f"{part} {100 * value / total:.1f}%" for part, value in parts.items())
@@ -413,11 +393,3 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         r = result["ratio"]
         out.append(f"time of {r['of']}: {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})")
     return out
-
-
-def makers_of(generator: Generator, teacher: Denoiser, steps: int = 18) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The generator's one call beside the teacher's 2 * steps - 1 (Heun), without labels."""
-    return {
-        "generator": lambda z: generator(z, None),
-        f"teacher, {2 * steps - 1} NFE": lambda z: heun(teacher, z, steps),
-    }

@@ -27,6 +27,7 @@ from limbeck import methods, teaching
 from limbeck.ema import Average
 from limbeck.noise import Levels
 from limbeck.optimizer import Optimizer
+from limbeck.passes import Precision
 
 TEACHING: dict[str, type] = {
     "denoising": teaching.Denoising, "classification": teaching.Classification, "gan": teaching.GAN,
@@ -162,7 +163,13 @@ class Recipe:
             with fresh weights; empty = the generator that the method builds from the template.
         steps: length of the run.
         batch: samples of one turn.
-        micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share.
+        micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share;
+            0 = as few as fit in the memory that is free when the run starts.
+        precision: fp32, bf16 or fp16 by role (a player, or teacher), of its network passes while turns are played:
+            precision.teacher = "bf16". Weights, optimisers and losses stay fp32. A role that is missing is fp32.
+        checkpointing: roles whose activations are made again in the backward pass instead of kept: half the memory or
+            less, a forward pass more.
+        compile: compile the networks with torch.compile.
         sharded: under torchrun, split the players' weights over the processes, for models that outgrow a device.
         stratified: one u from each of `batch` equal intervals.
         antithetic: half of a batch has the negatives of the other half's latents and noise, at equal u.
@@ -189,6 +196,9 @@ class Recipe:
     steps: int = 5000
     batch: int = 256
     micro_batches: int = 1
+    precision: dict[str, Precision] = field(default_factory=dict)
+    checkpointing: tuple[str, ...] = ()
+    compile: bool = False
     sharded: bool = False
     stratified: bool = False
     antithetic: bool = False
@@ -208,7 +218,7 @@ class Recipe:
         for name, least in (
             ("steps", 1),
             ("batch", 1),
-            ("micro_batches", 1),
+            ("micro_batches", 0),
             ("seed", 0),
             ("warm_start", 0),
             ("threads", 1),
@@ -228,7 +238,8 @@ class Recipe:
             raise ValueError(f"clip: must be positive and finite, got {self.clip}")
 
 
-FREE = ("steps", "every", "evaluate", "health", "micro_batches", "sharded")  # what may change when a run is continued
+# what may change when a run is continued
+FREE = ("steps", "every", "evaluate", "health", "micro_batches", "sharded", "checkpointing", "compile")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

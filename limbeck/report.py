@@ -564,6 +564,7 @@ class _Run:
     images: int | None
     parameters: int | None
     seed: str
+    speed: Mapping[str, Any]
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> _Run:
@@ -598,6 +599,7 @@ class _Run:
             images=_whole(report.get("images")),
             parameters=_whole(report.get("parameters")),
             seed=_text(report.get("seed")),
+            speed=_mapping(report.get("speed")),
         )
 
     @property
@@ -1337,6 +1339,11 @@ def _cost(run: _Run) -> _Html:
         f"Teacher, per {noun}": None if run.teacher_scores.ms is None else _milliseconds(run.teacher_scores.ms),
         "Speed-up": None if run.speed_up is None else f"{_figure(run.speed_up, 2)}×",
     }
+    for name, row in run.speed.items():
+        many, one = _number(_mapping(row).get("images_per_second")), _number(_mapping(row).get("ms_at_batch_1"))
+        if many is not None and one is not None:
+            name = f"{_text(name).capitalize()}: {noun}s per second, and one alone"
+            facts[name] = f"{_figure(many)}, {_milliseconds(one)}"
     known = [_el("div", _el("dt", name), _el("dd", value)) for name, value in facts.items() if value is not None]
     return _section("Cost", "", _el("dl.facts", *known) if known else _missing("No cost was recorded for this run."))
 

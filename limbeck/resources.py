@@ -31,6 +31,7 @@ GIB = 2**30
 # measured on six networks: what torch's kernels allocate by themselves, and code that is loaded on first use; and the
 # share of freed activations that the C library keeps
 SLACK, KERNELS, KEPT = 1.12, 30 * 2**20, 0.75
+ROOM = 0.8  # share of the free memory that a number of micro-batches is chosen for: the estimate is within 20%
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,17 @@ class Needs:
         memory, disk = self.memory(batch, micro_batches) / GIB, keep * self.checkpoint / 1e6
         return f"needs about {memory:.2g} GiB of memory, and {disk:,.1f} MB of disk for checkpoints"
 
+    def fewest(self, batch: int, free: int) -> int | None:
+        """The fewest micro-batches (powers of two, or one a sample) that fit into `free` bytes of new memory."""
+        every = (*(2**k for k in range(30)), batch)
+        return next((n for n in every if n <= batch and self.memory(batch, n) - self.resident <= free), None)
+
     def advice(self, batch: int, free: int) -> str:
         """What to change so that a run fits into `free` bytes of new memory."""
-        for parts in (1, *(2**k for k in range(1, 30)), batch):
-            if parts <= batch and self.memory(batch, parts) - self.resident <= free:
-                need = self.memory(batch, parts) / GIB
-                return f"micro_batches = {parts} takes about {need:.2g} GiB"
-        return "no number of micro-batches fits; take a smaller template"
+        parts = self.fewest(batch, free)
+        if parts is None:
+            return "no number of micro-batches fits; take a smaller template"
+        return f"micro_batches = {parts} takes about {self.memory(batch, parts) / GIB:.2g} GiB"
 
 
 def measure(trainer: Trainer, source: Source) -> Needs:
@@ -103,30 +108,34 @@ def measure(trainer: Trainer, source: Source) -> Needs:
 
 def _peaks(trainer: Trainer, players: Sequence[str], loss: Loss, batch: Batch) -> tuple[int, int]:
     """Most bytes that a turn holds at a time in its forward pass, and in all, gradients included."""
-    before = {name: buffer.clone() for name, buffer in trainer.nets.named_buffers()}
-    nets = [trainer.nets[name].train().requires_grad_(True) for name in players]
-    watch = Watch()
-    try:
-        with torch.random.fork_rng(devices=[]), watch:
-            total = loss(trainer.nets, trainer.teacher, batch).sum()
-            forward = watch.top
-            total.backward()
-            return forward, watch.top
-    finally:
-        for net in nets:
-            net.zero_grad(set_to_none=True)
-            net.eval().requires_grad_(False)
-        for name, buffer in trainer.nets.named_buffers():
-            buffer.copy_(before[name])
+    with trainer.rehearsal(players), Watch(standing(trainer)) as watch:
+        total = loss(trainer.nets, trainer.teacher, batch).sum()
+        forward = watch.top
+        total.backward()
+        return forward, watch.top
+
+
+def standing(trainer: Trainer) -> Iterator[Tensor]:
+    """What a trainer holds between two steps."""
+    for module in (trainer.nets, trainer.teacher, trainer.ema.module):
+        yield from module.parameters()
+        yield from module.buffers()
+    for optimizer in trainer.optimizers.values():
+        for moments in optimizer.state.values():
+            yield from (moment for moment in moments.values() if isinstance(moment, Tensor))
 
 
 class Watch(TorchDispatchMode):
-    """Counts the bytes of all storages that come out of torch's operations and are still there."""
+    """Counts the bytes of all storages that come out of torch's operations and are still there, but those of `before`:
+    a view of a weight is none that was made.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.top = 0
         self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        for tensor in before:
+            self.known[local(tensor).untyped_storage()] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +58,7 @@ from limbeck.noise import Karras
 from limbeck.objective import Pairs
 from limbeck.pictures import overview, png
 from limbeck.randomness import seed_of
-from limbeck.source import DataSource, NoiseSource, Provider, RealSource, provider_of
+from limbeck.source import DataSource, NoiseSource, Provider, RealSource, in_parts, provider_of
 from limbeck.stock import teacher_pairs
 from limbeck.teaching import Imitation
 from limbeck.train import NonFinite, Source, Trainer
@@ -81,11 +81,17 @@ class Job:
     network: type[nn.Module] | None = None  # the caller's own class
     held_out: data.Data | None = None  # what a classifier is scored on
     given: str = ""  # fingerprint of a given generator
+    parts: int = 1  # micro-batches
 
     @property
     def origin(self) -> str:
         """What the run began with: it is refused to go on with anything else."""
         return self.identity + self.given
+
+    def in_parts(self, parts: int) -> Job:
+        """The job with so many micro-batches."""
+        prepare = self.prepare and replace(self.prepare, noise=in_parts(self.prepare.noise, parts))
+        return replace(self, parts=parts, source=in_parts(self.source, parts), prepare=prepare)
 
     @property
     def best_file(self) -> Path:
@@ -188,7 +194,7 @@ def distillation(
     assert isinstance(student, Generator)
     noise = NoiseSource(
         student.shape, student.latent_shape, recipe.batch, recipe.seed, student.classes, teacher.contexts,
-        micro_batches=recipe.micro_batches, stratified=recipe.stratified, antithetic=recipe.antithetic,
+        stratified=recipe.stratified, antithetic=recipe.antithetic,
     )  # fmt: skip
     provider = _provider(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, start, noise, provider)
@@ -197,7 +203,7 @@ def distillation(
         given="" if given is None else artifact.fingerprint(given),
     )  # fmt: skip
     check(job)
-    return job
+    return job.in_parts(max(1, recipe.micro_batches))
 
 
 def _provider(recipe: Recipe, teacher: Denoiser) -> Provider | None:
@@ -268,7 +274,7 @@ class Preparation:
             replace(recipe, method=imitation, steps=steps, every=every),
             job.out / f"warm-start-{key:016x}",
             Trainer(imitation, teacher, self.template, steps=steps, seed=recipe.seed),
-            RealSource(noise, provider), job.identity, "denoiser", None,
+            RealSource(noise, provider), job.identity, "denoiser", None, parts=job.parts,
         )  # fmt: skip
         warm.out.mkdir(exist_ok=True)
         seconds, _, monitor = _resume(warm, tell)
@@ -361,13 +367,13 @@ def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) 
     noise = NoiseSource(
         samples.shape, latent_shape, recipe.batch, recipe.seed, samples.classes,
         unlabelled=getattr(recipe.method, "label_dropout", 0.0),
-        micro_batches=recipe.micro_batches, stratified=recipe.stratified, antithetic=recipe.antithetic,
+        stratified=recipe.stratified, antithetic=recipe.antithetic,
     )  # fmt: skip
     train, held_out = samples.split() if product == "classifier" else (samples, None)
     source = DataSource(noise, train.x, train.y)
     job = Job(recipe, out, trainer, source, samples.fingerprint(), product, judge, network=network, held_out=held_out)
     check(job)
-    return job
+    return job.in_parts(max(1, recipe.micro_batches))
 
 
 def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | None = None) -> Denoiser:
@@ -464,18 +470,40 @@ def _trainer(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: G
         steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
         generator=copy.deepcopy(generator),
         split=_shards().split if recipe.sharded and rank_and_world()[1] > 1 else None,
+        precision=recipe.precision, checkpointing=recipe.checkpointing,
     )  # fmt: skip
 
 
 def check(job: Job) -> None:
     """Raise ValueError for a model that cannot be stored, or a folder that holds something else."""
     artifact.describe(job.trainer.ema.module)
-    world, parts = rank_and_world()[1], job.recipe.micro_batches
+    world, parts = rank_and_world()[1], max(1, job.recipe.micro_batches)
     if job.recipe.batch < world * parts:
         raise ValueError(
             f"batch: {job.recipe.batch} samples are too few for {world} processes of micro_batches = {parts}"
         )
     _check_folder(job.out, config.to_table(job.recipe))
+
+
+def fitted(job: Job, needs: resources.Needs, tell: Tell) -> Job:
+    """The job in as few micro-batches as fit the free memory, if the recipe leaves their number open.
+
+    A run that is continued keeps the number it had, as long as that fits.
+    """
+    free, world = resources.free_memory(), rank_and_world()[1]
+    if job.recipe.micro_batches or free is None:
+        return job
+    share, before = -(-job.recipe.batch // world), 0
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        newest = sorted((job.out / "checkpoints").glob("ckpt-*"))[-1]
+        before = int(json.loads((newest / "state.json").read_text())["micro_batches"])
+    chosen = max(needs.fewest(share, round(resources.ROOM * free)) or share, before)
+    parts = min(largest(chosen), job.recipe.batch // world)  # all processes take the same number
+    tell(
+        f"micro_batches: {parts}, of up to {-(-share // parts):,} samples each: about "
+        f"{needs.memory(share, parts) / resources.GIB:.2g} GiB, with {free / resources.GIB:.2g} GiB free"
+    )
+    return job.in_parts(parts)
 
 
 def _run(job: Job, tell: Tell) -> dict[str, Any]:
@@ -491,9 +519,10 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
     if recipe.teacher is not None and first:
         opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
     needs, share = None, -(-recipe.batch // rank_and_world()[1])
-    if not (out / folder.MANIFEST).is_file():
+    if recipe.micro_batches == 0 or not (out / folder.MANIFEST).is_file():
         needs = resources.measure(job.trainer, job.source)
-        resources.check(needs, share, recipe.micro_batches, recipe.keep, out)
+        job = fitted(job, needs, tell)
+        resources.check(needs, share, job.parts, recipe.keep, out)
     out.mkdir(parents=True, exist_ok=True)
     with folder.lock(out) if first else nullcontext(), folder.signals() as stop, resources.explained(needs, share):
         broken = folder.damaged(out)
@@ -514,11 +543,13 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
             return report
         if first:
             (out / folder.MANIFEST).unlink(missing_ok=True)
-        if needs is not None and job.trainer.step == 0 and needs.large(share, recipe.micro_batches):
-            tell(needs.line(share, recipe.micro_batches, recipe.keep))
+        if needs is not None and job.trainer.step == 0 and needs.large(share, job.parts):
+            tell(needs.line(share, job.parts, recipe.keep))
         if job.prepare is not None:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
+        if recipe.compile and job.trainer.step < recipe.steps:
+            job.trainer.compile(job.source, tell)
         seconds, best = _loop(job, seconds, best, monitor, stop, tell)
         model = job.trainer.ema.whole()
         facts = {**_facts(job), "seconds": round(seconds, 1)}
@@ -674,7 +705,7 @@ def _dump(job: Job, error: NonFinite) -> bool:
         for name, value in theirs.items():
             if name != "rows losses":
                 _, part, field = name.split()
-                batches.setdefault(str(rank * job.recipe.micro_batches + int(part)), {})[field] = value
+                batches.setdefault(str(rank * job.parts + int(part)), {})[field] = value
     state = {
         "trainer": job.trainer.state_dict(), "turn": error.turn, "batches": batches,
         "losses": torch.cat([theirs["rows losses"] for theirs in every]),
@@ -746,7 +777,8 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Mo
         "best": dataclasses.asdict(best) if best else None,
         "log": folder.mark(log) if _first() else None,
         "monitor": monitor.state(),
-        "micro_batches": job.recipe.micro_batches,
+        "micro_batches": job.parts,
+        "compile": job.recipe.compile,
         "identity": job.origin,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -790,7 +822,8 @@ def _resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
     for name, was, now in (
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),
-        ("micro_batches", state.get("micro_batches", job.recipe.micro_batches), job.recipe.micro_batches),
+        ("micro_batches", state.get("micro_batches", job.parts), job.parts),
+        ("compile", state.get("compile", False), job.recipe.compile),
     ):
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")

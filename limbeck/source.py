@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +139,13 @@ def provider_of(x: Tensor, y: Tensor | None) -> Provider:
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Class numbers (B,) to condition rows (B, classes)."""
     return torch.nn.functional.one_hot(labels, classes).to(dtype)
+
+
+def in_parts(source: Any, parts: int) -> Any:
+    """The same source with so many micro-batches."""
+    if isinstance(source, NoiseSource):
+        return replace(source, micro_batches=parts)
+    return replace(source, noise=replace(source.noise, micro_batches=parts))
 
 
 def _cut(batch: Batch, parts: int) -> Iterator[Batch]:

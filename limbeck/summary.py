@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import artifact, config, data, features, report, teachers
+from limbeck import artifact, config, data, features, report, speed, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import rank_and_world
@@ -30,6 +30,7 @@ from limbeck.sample import heun
 if TYPE_CHECKING:
     from limbeck.run import Best, Job
 
+EXPORTED = 300  # seconds of training from which on the generator is also timed in ONNX Runtime: exporting takes ten
 Panel = report.Picture | report.Scatter | report.Curve
 
 
@@ -162,6 +163,8 @@ def conclude(
         "seconds": round(seconds, 1),
         "seed": recipe.seed,
         "processes": rank_and_world()[1],
+        "micro_batches": job.parts,
+        "skipped": {key: [s.skipped, s.updates] for key, s in job.trainer.scalers.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
         "history": [row for row in rows if "metrics" in row],
@@ -186,6 +189,10 @@ def conclude(
             panels = [*figures(job, model), *report.history_curves(result)]
     if rank_and_world()[0] != 0:
         return result
+    if isinstance(model, Generator):
+        result["speed"] = speed.measure(
+            model, job.trainer.teacher, recipe.evaluate.teacher_steps, onnx=seconds > EXPORTED
+        )
     write_atomically(job.out / "report.json", json.dumps(result, indent=1) + "\n")
     write_atomically(
         job.out / "report.html",
@@ -193,6 +200,10 @@ def conclude(
     )
     for line in table_lines(result):
         tell(line)
+    for line in speed.lines(result.get("speed", {})):
+        tell(line)
+    for key, scaler in job.trainer.scalers.items():
+        tell(f"float16: {scaler.skipped:,} of {scaler.updates:,} updates of {key} skipped")
     tell(f"report: {job.out / 'report.html'}")
     return result
 

@@ -13,7 +13,9 @@ states are summed before anything is updated: k processes are one batch too, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from limbeck.ema import EMA, Average
 from limbeck.generator import Generator
 from limbeck.objective import Batch, Objective, State, Turn
 from limbeck.optimizer import Optimizer
+from limbeck.passes import Overflow, Passes, Precision, Scaler
 from limbeck.randomness import seed_of
 
 Source = Callable[[int, int], Iterable[Batch]]
@@ -60,9 +63,12 @@ class Trainer:
         seed: key of dropout and of fresh networks' weights.
         generator: a given generator (GAN refinement) in place of the one that the objective builds.
         split: splits a player's weights over the processes (`shards.split`); None = each holds all of them.
+        precision: of the network passes, by player or "teacher"; float32 where it is missing (see `limbeck.passes`).
+        checkpointing: players, or "teacher", whose activations are made again in the backward pass.
 
     Attributes:
         sharded: whether the players' weights are split.
+        scalers: of losses whose gradients pass through float16, by the players of the turn.
         step: steps taken.
         images: samples of the product's turns so far; of a step in which it rests, those of the last turn.
         rate_factor: on all learning rates; below 1 once a run has gone back to an earlier step.
@@ -81,6 +87,8 @@ class Trainer:
         seed: int = 0,
         generator: Generator | None = None,
         split: Callable[[nn.Module], None] | None = None,
+        precision: Mapping[str, Precision] | None = None,
+        checkpointing: Sequence[str] = (),
     ) -> None:
         self.objective, self.seed, self.steps, self.clip = objective, seed, steps, clip
         self.teacher = teacher.eval().requires_grad_(False)
@@ -101,6 +109,8 @@ class Trainer:
             self.ema.split_as(self.nets[objective.product])
         self.optimizers = {name: s.build(_groups(self.nets[name])) for name, s in settings.items()}
         self.exchanges = {name: Exchange(self.nets[name].parameters()) for name in settings}
+        self.passes = Passes({"teacher": self.teacher, **self.nets}, precision or {}, checkpointing)
+        self.scalers: dict[str, Scaler] = {}
         self.step = self.images = 0
         self.rate_factor = 1.0
 
@@ -137,20 +147,28 @@ class Trainer:
         count = micro[0].total or own
         states = {name: net for name, net in self.nets.items() if isinstance(net, State)}
         before = {name: [buffer.clone() for buffer in net.buffers()] for name, net in states.items()}
+        key = "+".join(turn.players)
+        scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
         losses: list[Tensor] = []
         # dropout is the only user of the global generator; it gets a stream of its own and gives the old one back
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.passes():
             for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
                 torch.manual_seed(seed_of(self.seed, "dropout", self.step, index, number))
                 each = turn.loss(self.nets, self.teacher, batch)
-                self._backward(each.sum() / count, turn, last=len(losses) == len(micro) - 1)
+                mean = each.sum() / count
+                last = len(losses) == len(micro) - 1
+                self._backward(mean if scaler is None else scaler.scale * mean, turn, last)
                 losses.append(each.detach())
         loss = sum((each.sum() / count for each in losses), micro[0].z.new_zeros(()))
         loss = self._exchange(turn, loss, states, before)
+        if scaler is not None:
+            for player in players.values():
+                torch._foreach_mul_(_gradients(player), 1 / scaler.scale)
         norms = {name: _gradient_norm(player) for name, player in players.items()}
-        key = "+".join(turn.players)
         # one look at the numbers, so that a device is waited for once
-        if not torch.isfinite(torch.stack([loss.double(), *(norm.double() for norm in norms.values())])).all():
+        finite = torch.isfinite(torch.stack([loss.double(), *(norm.double() for norm in norms.values())])).tolist()
+        skipped = scaler is not None and finite[0] and not all(finite)
+        if not all(finite) and not skipped:
             self._rest(players)
             bad = torch.nonzero(~torch.isfinite(torch.cat(losses)))[:, 0].tolist()
             where = f" (the first bad sample: {bad[0]} of {own})" if bad else ""
@@ -162,6 +180,8 @@ class Trainer:
                 torch.cat(losses),
             )
         for name, player in players.items():
+            if skipped:  # all players of the turn, on all processes
+                continue
             if self.clip is not None:
                 torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).clamp(max=1))
             rate = self.rate_factor * self.settings[name].rate(self.step, self.steps)
@@ -170,6 +190,8 @@ class Trainer:
             self.optimizers[name].step()
             told[f"grad_norm/{name}"] = norms[name]
             told[f"lr/{name}"] = torch.tensor(rate)
+        if scaler is not None:
+            told |= self._judge(scaler, key, not skipped)
         for state in states.values():
             state.commit()
         told[f"loss/{key}"] = loss
@@ -199,6 +221,45 @@ class Trainer:
             buffer.copy_(old + more)
         return loss
 
+    def _judge(self, scaler: Scaler, key: str, finite: bool) -> dict[str, Tensor]:
+        """Count an update under a scaler. Returns what the log tells of it."""
+        scaler.add(finite)
+        if scaler.failing:
+            self._rest({name: self.nets[name] for name in key.split("+")})
+            raise Overflow(
+                f"{scaler.skipped} of {scaler.updates} updates of {key} were skipped, because float16 cannot hold "
+                f"their gradients; set precision to bf16 or fp32, or lower the learning rate"
+            )
+        return {f"scale/{key}": torch.tensor(scaler.scale), f"skipped/{key}": torch.tensor(float(scaler.skipped))}
+
+    @contextlib.contextmanager
+    def rehearsal(self, players: Sequence[str]) -> Iterator[None]:
+        """A turn of these players may be computed within, as it will be when it is played; nothing of it stays."""
+        before = {name: buffer.clone() for name, buffer in self.nets.named_buffers()}
+        moved = {name: self.nets[name].train().requires_grad_(True) for name in players}
+        try:
+            with torch.random.fork_rng(devices=[]), self.passes():
+                yield
+        finally:
+            self._rest(moved)
+            for name, buffer in self.nets.named_buffers():
+                buffer.copy_(before[name])
+
+    def compile(self, source: Source, tell: Callable[[str], None]) -> None:
+        """Compile the networks, by a rehearsal of every turn; if that fails, one line says so, and they stay plain."""
+        if self.sharded:
+            tell("compile: not for players that are split; the networks run uncompiled")
+            return
+        self.passes.compiled = True
+        try:
+            for index, turn in enumerate(self.objective.turns(self.step, self.images)):
+                with self.rehearsal(turn.players):
+                    turn.loss(self.nets, self.teacher, next(iter(source(self.step, index)))).sum().backward()
+        except Exception as error:  # in a backward pass; what is wrong without a compiler too, the first turn will say
+            self.passes.give_up(error)
+        if self.passes.failed:
+            tell(f"compile: failed ({self.passes.failed}); the networks run uncompiled")
+
     def _rest(self, players: Mapping[str, nn.Module]) -> None:
         for player in players.values():
             player.zero_grad(set_to_none=True)
@@ -213,6 +274,11 @@ class Trainer:
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "ema": self.ema.state_dict(),
             "optimizers": {name: _moments(self.nets[name], optimizer) for name, optimizer in self.optimizers.items()},
+            **(
+                {"scalers": {key: dataclasses.asdict(scaler) for key, scaler in self.scalers.items()}}
+                if self.scalers
+                else {}
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -224,6 +290,7 @@ class Trainer:
             _restore(name, self.nets[name], optimizer, state["optimizers"][name])
         self.step, self.images = int(state["step"]), int(state["images"])
         self.rate_factor = float(state.get("rate_factor", 1.0))  # runs begun before it was there go on
+        self.scalers = {key: Scaler(**values) for key, values in state.get("scalers", {}).items()}
 
 
 def _groups(player: nn.Module) -> list[dict[str, Any]]:

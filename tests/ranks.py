@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import test_methods
@@ -20,6 +22,7 @@ from limbeck.ema import Average
 from limbeck.exact import Gaussian
 from limbeck.game import Game
 from limbeck.networks import DiT
+from limbeck.objective import Turn
 from limbeck.source import NoiseSource
 from limbeck.train import Trainer
 
@@ -67,15 +70,33 @@ def weights(module: nn.Module, name: str) -> dict[str, Tensor]:
     return {f"{name}.{key}": whole(value).double().clone() for key, value in module.state_dict().items()}
 
 
-def unet_trainer(sharded: bool) -> tuple[Trainer, NoiseSource]:
+def unet_trainer(sharded: bool, **fields: Any) -> tuple[Trainer, NoiseSource]:
     """A game whose network has weights that do not split evenly: (1, tokens, width), and 3 rows."""
     torch.manual_seed(0)
     network = DiT(shape=[3, 4, 4], classes=0, patch=2, width=10, depth=1, heads=2).double()
     template = Preconditioned(network, (3, 4, 4), 0, 0.5, 0.002, 80.0)
     teacher = Gaussian(torch.zeros(3, 4, 4, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
-    game, split = Game(settle=2), shards.split if sharded else None
-    made = Trainer(methods.METHODS["sid"](game=game), teacher, template, steps=9, seed=1, split=split)
+    game, split = Game(settle=fields.pop("settle", 2)), shards.split if sharded else None
+    made = Trainer(methods.METHODS["sid"](game=game), teacher, template, steps=9, seed=1, split=split, **fields)
     return made, NoiseSource((3, 4, 4), (3, 4, 4), 6, 0, dtype=torch.float64)
+
+
+def skipped(sharded: bool) -> dict[str, Tensor]:
+    """Steps under scalers, with checkpointing, where the last process alone meets an infinite gradient."""
+    roles = ("generator", "fake")
+    made, source = unet_trainer(sharded, settle=0, precision=dict.fromkeys(roles, "fp16"), checkpointing=roles)
+    rank, world = rank_and_world()
+    inner = made._backward
+
+    def backward(loss: Tensor, turn: Turn, last: bool) -> None:
+        burst = made.step == 1 and rank == world - 1 and turn.players == ("fake",)
+        inner(loss * math.inf if burst else loss, turn, last)
+
+    made._backward = backward  # type: ignore[method-assign]
+    told = advanced(made, source, 3)
+    for key, scaler in made.scalers.items():
+        told[f"scaler {key}"] = torch.tensor([scaler.scale, scaler.calm, scaler.updates, scaler.skipped])
+    return told
 
 
 def advanced(made: Trainer, source: NoiseSource, steps: int) -> dict[str, Tensor]:
@@ -123,6 +144,8 @@ def main() -> None:
         for sharded in (False, True):
             for key, value in played(name, sharded).items():
                 told[f"{name}|{sharded}|{key}"] = value
+    for sharded in (False, True):
+        told |= {f"skipped|{sharded}|{key}": value for key, value in skipped(sharded).items()}
     if rank == 0:
         safetensors.torch.save_file(told, folder / "played.safetensors")
         safetensors.torch.save_file(resumed, folder / "resumed.safetensors")

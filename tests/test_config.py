@@ -119,8 +119,9 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
     [
         ("steps", "many"), ("steps", 1.5), ("steps", [3]), ("steps", {"a": 1}), ("steps", None), ("steps", math.nan),
         ("steps", "3" * 5000), ("steps", 0), ("steps", -1), ("batch", 0), ("batch", "x"), ("seed", -1),
-        ("seed", 2**63), ("threads", 0), ("threads", 10**9), ("keep", 0), ("micro_batches", 0), ("stratified", "maybe"),
-        ("stratified", 2),
+        ("seed", 2**63), ("threads", 0), ("threads", 10**9), ("keep", 0), ("micro_batches", -1),
+        ("stratified", "maybe"), ("stratified", 2), ("precision", "bf16"),
+        ("precision.teacher", "int8"), ("precision.teacher", 16), ("compile", "maybe"), ("checkpointing", 3),
         ("clip", 0.0), ("clip", -1.0), ("clip", math.nan), ("clip", math.inf), ("clip", "x"),
         ("teacher", 3), ("data", ["digits"]), ("template", "mlp"), ("template", [1]), ("optimizer", 3),
         ("optimizer.generator", 3), ("optimizer.generator.lr", 0.0), ("optimizer.generator.lr", -1e-3),

@@ -27,11 +27,13 @@ MAY_IMPORT = {
     "objective": ("denoiser", "generator", "optimizer"),
     "source": ("distributed", "objective", "randomness"),
     "networks": ("networks",),
-    "train": ("denoiser", "distributed", "ema", "generator", "objective", "optimizer", "randomness"),
+    "passes": ("denoiser",),
+    "train": ("denoiser", "distributed", "ema", "generator", "objective", "optimizer", "passes", "randomness"),
 }
 # what the shells around the mathematics are: no method may know of them
 SHELL = (
     "train",
+    "passes",
     "config",
     "run",
     "cli",

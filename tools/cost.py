@@ -4,21 +4,18 @@
 Two threads, one process, one thing at a time; what is compared is played in turns.
 """
 
+import copy
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from limbeck import artifact, bench, config, methods, teachers
-from limbeck.export import export
+from limbeck import bench, config, methods, speed, teachers
 from limbeck.files import write_atomically
 from limbeck.generator import OneStep
 from limbeck.machine import commit, machine, versions
@@ -60,24 +57,12 @@ def optimizers(numbers: int = 40, side: int = 512, repeats: int = 9) -> dict[str
 
 def samplers(teacher: Any, batch: int, repeats: int) -> dict[str, Any]:
     """One call of a generator, eager and in ONNX Runtime, beside 35 calls of its teacher."""
-    import onnxruntime
-
-    generator = OneStep(teacher, 2.5 * teacher.unit)
-    makers: dict[str, Callable[[Tensor], Any]] = dict(bench.makers_of(generator, teacher))
-    with tempfile.TemporaryDirectory() as folder:
-        artifact.save(Path(folder) / "g.safetensors", "generator", generator, {})
-        export(str(Path(folder) / "g.safetensors"), "onnx", f"{folder}/g.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(f"{folder}/g.onnx", options)
-        names = [given.name for given in session.get_inputs()]
-
-        def run(z: Tensor) -> Any:
-            rows = {"z": z.numpy(), "cond": np.zeros((len(z), teacher.classes), np.float32)}
-            return session.run(None, {name: rows[name] for name in names})
-
-        makers = {"generator": makers.pop("generator"), "generator, ONNX": run, **makers}
-        return bench.sampling(makers, generator.latent_shape, batch, repeats)
+    generator = OneStep(teacher, 2.5 * teacher.unit).eval()
+    makers = speed.makers_of(generator, teacher)
+    session = speed.in_onnx(generator)
+    assert session is not None
+    makers["student, ONNX"] = speed.Maker(session, generator.latent_shape)
+    return speed.sampling(makers, batch, repeats)
 
 
 def sampling() -> dict[str, Any]:
@@ -85,7 +70,64 @@ def sampling() -> dict[str, Any]:
     return {"digits": samplers(teachers.load("digits"), 64, 9), "cifar10": samplers(full, 4, 1)}
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "teacher in bf16": {"precision": {"teacher": "bf16"}},
+    "all passes in bf16": {"precision": {"teacher": "bf16", "generator": "bf16"}},
+    "checkpointing of the generator": {"checkpointing": ["generator"]},
+    "2 micro-batches": {"micro_batches": 2},
+    "compiled": {"compile": True},
+}
+
+
+def switches() -> dict[str, Any]:
+    """Time and memory of a step of PID with a switch on, as ratios to the same step without, in turns; one thread."""
+    torch.set_num_threads(1)
+    told: dict[str, Any] = {"digits": {name: switched("digits", name) for name in SWITCHES}}
+    # compiling the large network takes longer than all the rest: a part of its own
+    told["cifar10"] = {name: switched("cifar10", name) for name in SWITCHES if name != "compiled"}
+    full: Any = bench.untrained("cifar10")
+    told["cifar10"]["channels-last, one network"] = {"batch": 2, "time": channels_last(full.network.train(), 5)}
+    return told | {"versions": versions(), "machine": machine(), "commit": commit()}
+
+
+def switched(network: str, name: str) -> dict[str, Any]:
+    """The ratios of one switch."""
+    torch.set_num_threads(1)
+    large = network in bench.UNTRAINED
+    batch, repeats, each = (2, 3, 1) if large else (128, 9, 5)
+    table = {"teacher": "<untrained>" if large else network, "method": {"name": "pid"}, "batch": batch}
+    recipes = {
+        name: config.resolve({**table, **SWITCHES[name]}, methods.METHODS),
+        "off": config.resolve(table, methods.METHODS),
+    }
+    result = bench.bench(recipes, bench.untrained(network) if large else None, repeats=repeats, steps=each)
+    print("\n".join(bench.lines(result)), file=sys.stderr, flush=True)
+    on, off = result["settings"].values()
+    return {"batch": batch, "time": result["ratio"], **{k: on[k] / off[k] for k in ("graph_mib", "step_mib")}}
+
+
+def channels_last(network: torch.nn.Module, repeats: int) -> dict[str, Any]:
+    """Time of a forward and a backward pass with weights and images in the other layout, over that in the usual one."""
+    x = torch.randn(2, 3, 32, 32)
+    other: Any = copy.deepcopy(network)
+    layout = torch.channels_last
+    sides = ((other.to(memory_format=layout), x.to(memory_format=layout)), (network, x))
+    ratios = []
+    for number in range(repeats + 1):
+        times = []
+        for one, images in sides:
+            start = time.perf_counter()
+            one(images, torch.zeros(2)).sum().backward()
+            times.append(time.perf_counter() - start)
+            one.zero_grad(set_to_none=True)
+        if number:  # the first one warms up
+            ratios.append(times[0] / times[1])
+    return {"of": "on / off", "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "switches": switches,
+    "compiled": lambda: switched("cifar10", "compiled"),
     "optimizer": optimizers,
     "sampling": sampling,
     "digits": lambda: steps("digits", 128, 7, 20),
@@ -99,10 +141,11 @@ def main() -> int:
     told = json.loads(path.read_text()) if path.is_file() else {}
     for part in sys.argv[1:] or PARTS:
         told[part] = PARTS[part]()
-    told |= {
-        "note": "absolute times are those of a machine that others may use at the same time",
-        "versions": versions(), "machine": machine(), "commit": commit(),
-    }  # fmt: skip
+        if part not in ("switches", "compiled"):  # the first says of itself where it was measured
+            told |= {
+                "note": "absolute times are those of a machine that others may use at the same time",
+                "versions": versions(), "machine": machine(), "commit": commit(),
+            }  # fmt: skip
     write_atomically(path, json.dumps(told, indent=1) + "\n")
     return 0
 

@@ -121,6 +121,19 @@ def cost(part: str) -> str:
                 cells = [f"{network}: {name}", row["batch"], row["images_per_second"], row["ms_at_batch_1"]]
                 rows.append(line([cell(c) for c in cells]))
         return f"Adam, foreach / fused: {one['ratio']:.1f} times the time.\n\n" + "\n".join(rows) + "\n"
+    if part == "switches":
+        if part not in told:
+            return "*Not measured yet.*\n"
+        switches = told[part]
+        if "compiled" in told:
+            switches["cifar10"]["compiled"] = told["compiled"]
+        rows = [line(["switch", "network, batch", "time, on / off", "graphs", "step in all"]), line(["---"] * 5)]
+        for network in ("cifar10", "digits"):
+            for name, row in switches[network].items():
+                ratio = "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time"])
+                memory = (f"{row[key]:.2f}" if key in row else "-" for key in ("graph_mib", "step_mib"))
+                rows.append(line([name, f"{network}, {row['batch']}", ratio, *memory]))
+        return "\n".join([*rows, "", f"*{origin(switches)}.*", ""])
     keys = ("teacher", "forward", "backward", "optimizer", "ema", "rest")
     head = [
         "method",
