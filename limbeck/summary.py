@@ -97,7 +97,7 @@ def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tupl
     Raises:
         ValueError: for a model that draws no samples.
     """
-    if isinstance(model, Generator):
+    if isinstance(model, Generator) and recipe.teacher is not None:
         return model, model.nfe, model.latent_shape, model.classes
     if isinstance(model, Denoiser):
 
@@ -189,7 +189,7 @@ def conclude(
             panels = [*figures(job, model), *report.history_curves(result)]
     if rank_and_world()[0] != 0:
         return result
-    if isinstance(model, Generator):
+    if isinstance(model, Generator) and recipe.teacher is not None:
         result["speed"] = speed.measure(
             model, job.trainer.teacher, recipe.evaluate.teacher_steps, onnx=seconds > EXPORTED
         )
