@@ -106,12 +106,12 @@ def accepted(generator: nn.Module, teacher: Denoiser) -> Generator:
             f"generator: must be a limbeck.generator.Generator, got {type(generator).__name__}; a network becomes one "
             "by limbeck.Given(network, latent_shape=..., shape=...)"
         )
-    made = copy.deepcopy(generator).eval().requires_grad_(True)
-    if made.classes not in (0, teacher.classes):
-        raise ValueError(f"generator: has {made.classes} classes, the teacher {teacher.classes}")
-    z = torch.zeros(2, *made.latent_shape)
+    classes, z = generator.classes, torch.zeros(2, *generator.latent_shape)
+    if classes not in (0, teacher.classes):
+        raise ValueError(f"generator: has {classes} classes, the teacher {teacher.classes}")
     try:
-        x = made(z, torch.zeros(2, made.classes) if made.classes else None)
+        made = copy.deepcopy(generator).eval().requires_grad_(True)
+        x = made(z, torch.zeros(2, classes) if classes else None)
         if isinstance(made, Given):
             _check_rebuilt(made)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
