@@ -33,13 +33,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS = ("forward", "trace", "features")
 
 
+WITHIN = (Networked, Rescaled)  # denoisers that have a network
+
+
 def networks(module: nn.Module) -> list[nn.Module]:
     """The networks whose passes are a role's cost: those of its denoisers, or itself if it has none."""
     found = [m.network if isinstance(m, Networked) else m.model for m in module.modules() if isinstance(m, WITHIN)]
     return found or [module]
-
-
-WITHIN = (Networked, Rescaled)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -83,7 +83,7 @@ class Passes:
 
     @property
     def scaled(self) -> bool:
-        """Is there a role whose gradients may pass through float16?"""
+        """Is there a role in float16? Gradients may pass through it, whoever is trained."""
         return "fp16" in self.precision.values()
 
     @contextlib.contextmanager

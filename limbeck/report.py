@@ -1342,8 +1342,10 @@ def _cost(run: _Run) -> _Html:
     for name, row in run.speed.items():
         many, one = _number(_mapping(row).get("images_per_second")), _number(_mapping(row).get("ms_at_batch_1"))
         if many is not None and one is not None:
-            name = f"{_text(name).capitalize()}: {noun}s per second, and one alone"
-            facts[name] = f"{_figure(many)}, {_milliseconds(one)}"
+            who = _text(name)
+            facts[f"{who[:1].upper()}{who[1:]}: {noun}s per second, and one alone"] = (
+                f"{_figure(many)}, {_milliseconds(one)}"
+            )
     known = [_el("div", _el("dt", name), _el("dd", value)) for name, value in facts.items() if value is not None]
     return _section("Cost", "", _el("dl.facts", *known) if known else _missing("No cost was recorded for this run."))
 

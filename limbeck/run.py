@@ -549,7 +549,8 @@ def _run(job: Job, tell: Tell) -> dict[str, Any]:
             job, spent = job.prepare(job, stop, tell)
             seconds += spent
         if recipe.compile and job.trainer.step < recipe.steps:
-            job.trainer.compile(job.source, tell)
+            with stop.waiting(True):
+                job.trainer.compile(job.source, tell)
         seconds, best = _loop(job, seconds, best, monitor, stop, tell)
         model = job.trainer.ema.whole()
         facts = {**_facts(job), "seconds": round(seconds, 1)}

@@ -164,6 +164,7 @@ def conclude(
         "seed": recipe.seed,
         "processes": rank_and_world()[1],
         "micro_batches": job.parts,
+        "compiled": job.trainer.passes.compiled,
         "skipped": {key: [s.skipped, s.updates] for key, s in job.trainer.scalers.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),

@@ -274,11 +274,7 @@ class Trainer:
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "ema": self.ema.state_dict(),
             "optimizers": {name: _moments(self.nets[name], optimizer) for name, optimizer in self.optimizers.items()},
-            **(
-                {"scalers": {key: dataclasses.asdict(scaler) for key, scaler in self.scalers.items()}}
-                if self.scalers
-                else {}
-            ),
+            "scalers": {key: dataclasses.asdict(scaler) for key, scaler in self.scalers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
