@@ -97,7 +97,7 @@ def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tupl
     Raises:
         ValueError: for a model that draws no samples.
     """
-    if isinstance(model, Generator) and recipe.teacher is not None:
+    if isinstance(model, Generator):
         return model, model.nfe, model.latent_shape, model.classes
     if isinstance(model, Denoiser):
 
