@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from limbeck import resources, run
+from limbeck import loop, resources, run
 from limbeck.config import Evaluation, Real, Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.game import Settling
@@ -231,7 +231,7 @@ def prepared(
         recipe = dataclasses.replace(recipe, teacher=f"<{type(teacher).__name__}>")
     job = run.distillation(recipe, Path(tempfile.gettempdir()) / "limbeck-bench", lambda line: None, teacher, network)
     if recipe.micro_batches == 0:
-        job = run.fitted(job, resources.measure(job.trainer, job.source), lambda line: None)
+        job = loop.fitted(job, resources.measure(job.trainer, job.source), lambda line: None)
     noise = job.source
     assert isinstance(noise, NoiseSource)
     for net in job.trainer.nets.values():

@@ -105,7 +105,7 @@ def _command(arguments: list[str]) -> int:
         raise
     except (OSError, ArithmeticError, MemoryError) as error:
         return _fail(error, 1)
-    except Exception as error:  # run.Stopped, without importing torch here
+    except Exception as error:  # folder.Stopped, without importing torch here
         code = getattr(error, "code", None)
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's form of a MemoryError
             return _fail("out of memory; ask for less at once (batch, count, samples, template)", 1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck import checkpoint, config, methods, run
+from limbeck import checkpoint, config, loop, methods, run
 from limbeck.denoiser import Denoiser
 from limbeck.folder import Tell
 from limbeck.generator import Generator
@@ -106,14 +106,14 @@ def replay(
     """
     if not (out / "recipe.toml").is_file():
         raise ValueError(f"{out}: not a run folder, it has no recipe.toml")
-    if not (out / run.NONFINITE).is_dir():
+    if not (out / loop.NONFINITE).is_dir():
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
     table = config.read_toml(out / "recipe.toml")
     if "data" in table:
         job = run.teaching(config.resolve(table, config.TEACHING), out, network)
     else:
         job = run.distillation(config.resolve(table, methods.METHODS), out, tell, teacher, network, generator=generator)
-    state = checkpoint.load_newest(out / run.NONFINITE, tell, partial(run.load_state, job))
+    state = checkpoint.load_newest(out / loop.NONFINITE, tell, partial(loop.load_state, job))
     if state is None:
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
     if job.origin != state["identity"]:

@@ -28,7 +28,7 @@ from limbeck.pictures import grid, png
 from limbeck.sample import heun
 
 if TYPE_CHECKING:
-    from limbeck.run import Best, Job
+    from limbeck.loop import Best, Job
 
 EXPORTED = 300  # seconds of training from which on the generator is also timed in ONNX Runtime: exporting takes ten
 Panel = report.Picture | report.Scatter | report.Curve

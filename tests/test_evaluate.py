@@ -23,7 +23,7 @@ from test_report import Outline, opened, root_of
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, cli, features, networks, run, summary
+from limbeck import artifact, cli, features, loop, networks, run, summary
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser, Preconditioned
@@ -33,12 +33,13 @@ from limbeck.evaluate.draws import latents, quantize
 from limbeck.evaluate.judge import DRAWS, KEPT, is_inception, measured_judge, read_judge
 from limbeck.exact import Empirical, Gaussian
 from limbeck.features import Classifier
+from limbeck.folder import Stopped
 from limbeck.generator import Generator, OneStep
 from limbeck.randomness import stream
 from limbeck.report import METRICS, spread_text
-from limbeck.run import Stopped
 from limbeck.source import NoiseSource, one_hot
 from limbeck.teachers import ring8
+from limbeck.train import Trainer
 
 # --- samples that a computer makes without rounding -----------------------------------------------------------------
 
@@ -976,7 +977,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, Tensor]]:
         seen[step] = {name: tensor.clone() for name, tensor in job.trainer.ema.module.state_dict().items()}
         return {"mmd": WATCHED[step], "log_density": -1.0}
 
-    monkeypatch.setattr(run, "_watch", watch)
+    monkeypatch.setattr(loop, "_watch", watch)
     return seen
 
 
@@ -1014,14 +1015,14 @@ def test_a_stopped_run_keeps_the_choice(
 ) -> None:
     whole = distill(tmp_path / "a", tiny)
     with pytest.MonkeyPatch.context() as patched:
-        advance = run.Trainer.advance
+        advance = Trainer.advance
 
         def play(self: Any, source: Any) -> Any:
             if self.step == stop - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return advance(self, source)
 
-        patched.setattr(run.Trainer, "advance", play)
+        patched.setattr(Trainer, "advance", play)
         with pytest.raises(Stopped):
             distill(tmp_path / "b", tiny)
     resumed = distill(tmp_path / "b", tiny)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import checkpoint, cli, health, replay, run
+from limbeck import checkpoint, cli, health, loop, replay
 from limbeck.exact import Mixture
+from limbeck.folder import Stopped
 from limbeck.game import lag
 from limbeck.health import Monitor, Series
 from limbeck.methods import METHODS
-from limbeck.run import Stopped
 from limbeck.train import NonFinite, Trainer
 
 
@@ -379,4 +379,4 @@ def test_the_monitors_state_is_resumed(tmp_path: Path, distill: Any) -> None:
     distill(tmp_path / "r", "sid", **keys)
     ends = [checkpoint.load_newest(tmp_path / n / "checkpoints", Told()) for n in ("whole", "r")]
     assert ends[0] is not None and ends[1] is not None and ends[0]["monitor"] == ends[1]["monitor"]
-    assert run.NONFINITE not in {p.name for p in (tmp_path / "r").iterdir()}
+    assert loop.NONFINITE not in {p.name for p in (tmp_path / "r").iterdir()}

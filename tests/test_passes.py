@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from limbeck import bench, checkpoint, cli, config, methods, passes, resources, run
+from limbeck import bench, checkpoint, cli, config, loop, methods, passes, resources, run
 from limbeck.denoiser import Denoiser, Preconditioned, Rescaled
 from limbeck.exact import Gaussian
 from limbeck.generator import OneStep, Trajectory
@@ -435,6 +435,6 @@ def test_chosen_parts_are_those_that_are_played(tmp_path: Path, monkeypatch: pyt
     assert [len(batch.z) for batch in job.source(0, 0)] == [16]
     needs = resources.measure(job.trainer, job.source)
     monkeypatch.setattr(resources, "free_memory", lambda: 0)
-    parted = run.fitted(job, needs, lambda line: None)
+    parted = loop.fitted(job, needs, lambda line: None)
     assert parted.parts == 16 and [len(batch.z) for batch in parted.source(0, 0)] == [1] * 16
     assert job.parts == 1  # the caller's own job is as it was

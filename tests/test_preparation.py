@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import limbeck
-from limbeck import artifact, run, stock
+from limbeck import artifact, checkpoint, stock
 from limbeck.exact import Mixture
 from limbeck.sample import heun
 from limbeck.teachers import load
@@ -93,7 +93,7 @@ def test_an_interrupted_preparation_goes_on(
     monkeypatch.setattr(stock, "PART", 30)
     method = keys.pop("method")
     limbeck.distill("exact:ring8", method, out=tmp_path / "whole", **QUIET, **keys)
-    saved = run.checkpoint.save
+    saved = checkpoint.save
     for fatal in (0, 2, 5, 6, 9):  # six checkpoints of the warm start, then six of the run
 
         class Killed(BaseException):
@@ -107,10 +107,10 @@ def test_an_interrupted_preparation_goes_on(
             return saved(*args, **keys)
 
         out = tmp_path / "cut"
-        monkeypatch.setattr(run.checkpoint, "save", die)
+        monkeypatch.setattr(checkpoint, "save", die)
         with pytest.raises(Killed):
             limbeck.distill("exact:ring8", method, out=out, **QUIET, **keys)
-        monkeypatch.setattr(run.checkpoint, "save", saved)
+        monkeypatch.setattr(checkpoint, "save", saved)
         limbeck.distill("exact:ring8", method, out=out, **QUIET, **keys)
         assert equal(weights(tmp_path / "whole"), weights(out)), fatal
         shutil.rmtree(out)

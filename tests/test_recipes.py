@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from limbeck import config, methods, run
+from limbeck import config, methods, students
 from limbeck.denoiser import Preconditioned
 from limbeck.networks import for_samples
 from limbeck.source import NoiseSource, RealSource
@@ -30,7 +30,7 @@ def test_a_benchmark_recipe_plays_a_step(data: str, method: str) -> None:
         torch.manual_seed(0)
         network = for_samples("adm" if classes else "songunet", (3, size, size), classes, options)
     teacher = Preconditioned(network, (3, size, size), classes, 0.5, 0.002, 80.0)
-    trainer = run._trainer(recipe, teacher, teacher)
+    trainer = students.trainer_of(recipe, teacher, teacher)
     noise = NoiseSource(teacher.shape, teacher.shape, 2, recipe.seed, classes)
     real = torch.rand(2, *teacher.shape) * 2 - 1
     before = [p.clone() for p in trainer.nets["fake" if "fake" in trainer.nets else "generator"].parameters()]

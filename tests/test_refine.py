@@ -20,12 +20,12 @@ import limbeck
 from limbeck import artifact, refine, replay
 from limbeck.cli import main
 from limbeck.critic import R1_STEP
+from limbeck.folder import Stopped
 from limbeck.game import Game
 from limbeck.generator import Dirac, Generator, OneStep
 from limbeck.given import Given
 from limbeck.networks.gan import Decoder, Discriminator
 from limbeck.objective import Batch
-from limbeck.run import Stopped
 from limbeck.teaching import GAN
 from limbeck.train import NonFinite
 

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 import limbeck
-from limbeck import checkpoint, config, run, summary, teachers
+from limbeck import checkpoint, config, loop, run, summary, teachers
 from limbeck.exact import Gaussian, Mixture
+from limbeck.folder import Stopped
 from limbeck.generator import Trajectory
 from limbeck.methods.pid import PID
-from limbeck.run import Stopped
 from limbeck.train import NonFinite, Trainer
 
 STEPS = 6
@@ -287,14 +287,14 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
     """An evaluation that was cut short is made on resuming: the same rows, the same best step."""
     every = {"evaluate": 2, "save": 4, "log": 1, "sample": 0}
     distill(tmp_path / "whole", every=every)
-    module, name = {"watched": (run, "measure"), "scored": (summary, "measure")}[place]
+    name = {"watched": "watched", "scored": "_scores"}[place]
 
     def measure(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("waited")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, name, measure)
+        patched.setattr(summary, name, measure)
         with pytest.raises(Stopped, match=f"stopped at step {2 if place == 'watched' else STEPS}") as caught:
             distill(tmp_path / "r", every=every)
     assert caught.value.code == 143
@@ -603,7 +603,7 @@ def test_other_threads_or_versions_are_told(tmp_path: Path, distill: Any, name: 
         if name == "threads":
             patched.setattr(torch, "get_num_threads", lambda: 5)
         else:
-            patched.setattr(run, "versions", lambda: {"torch": "9"})
+            patched.setattr(loop, "versions", lambda: {"torch": "9"})
         distill(tmp_path / "r", tell=told)
     assert sum(line.startswith(f"{name}: ") and "not be bit-equal" in line for line in told) == 1
 

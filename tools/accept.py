@@ -20,7 +20,7 @@ import faults
 import torch
 from torch import nn
 
-from limbeck import artifact, config, folder, methods, resources, run
+from limbeck import artifact, config, folder, loop, methods, resources, run
 from limbeck.compare import compare
 from limbeck.data import Data
 from limbeck.evaluate import ImageJudge, Reference, measure
@@ -161,9 +161,9 @@ def safety_cost() -> dict[str, Any]:
         return call
 
     places: dict[str, list[tuple[Any, str]]] = {
-        "checkpoints": [(run, "_save")],
+        "checkpoints": [(loop, "_save")],
         "hashes": [(folder, "seal"), (folder, "damaged"), (artifact, "check")],
-        "monitors": [(run, "_looks"), (Looks, "look")],
+        "monitors": [(loop, "_looks"), (Looks, "look")],
         "estimate": [(resources, "measure")],
     }
     real = {(place, name): getattr(place, name) for pairs in places.values() for place, name in pairs}

@@ -35,7 +35,7 @@ import torch
 from hypothesis import strategies as st
 
 import limbeck
-from limbeck import artifact, checkpoint, cli, config, importer, methods, run
+from limbeck import artifact, checkpoint, cli, config, importer, loop, methods
 from limbeck.files import write_atomically
 from limbeck.folder import Stopped
 from limbeck.machine import commit, machine, versions
@@ -647,7 +647,7 @@ def command_lines(draw: st.DrawFn) -> tuple[list[str], dict[str, bytes]]:
 def malformed(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
     """Command lines and recipes that are wrong somewhere, in this process: exit code 2, one line, nothing written."""
     place, before = folder / "malformed", Path.cwd()
-    real = run._run
+    real = loop.run
 
     def begun(*args: Any) -> NoReturn:
         raise Begun
@@ -685,11 +685,11 @@ def malformed(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
             os.chdir(before)
             shutil.rmtree(place)
 
-    run._run = begun  # type: ignore[assignment]
+    loop.run = begun  # type: ignore[assignment]
     try:
         one()
     finally:
-        run._run = real
+        loop.run = real
 
 
 FAULTS: dict[str, Callable[[Row, Path, Size, random.Random], None]] = {
