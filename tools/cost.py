@@ -131,6 +131,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "optimizer": optimizers,
     "sampling": sampling,
     "digits": lambda: steps("digits", 128, 7, 20),
+    "fashion": lambda: steps("fashion", 32, 3, 2),
     "cifar10": lambda: steps("<untrained>", 8, 3, 1, "cifar10"),
 }
 

@@ -113,6 +113,8 @@ def cost(part: str) -> str:
     if not path.is_file():
         return "*Not measured yet.*\n"
     told = json.loads(path.read_text())
+    if part != "other" and part not in told:
+        return "*Not measured yet.*\n"
     if part == "other":
         one = told["optimizer"]
         rows = [line(["sampler", "batch", "images/s", "ms for one image"]), line(["---"] * 4)]
@@ -122,8 +124,6 @@ def cost(part: str) -> str:
                 rows.append(line([cell(c) for c in cells]))
         return f"Adam, foreach / fused: {one['ratio']:.1f} times the time.\n\n" + "\n".join(rows) + "\n"
     if part == "switches":
-        if part not in told:
-            return "*Not measured yet.*\n"
         switches = told[part]
         if "compiled" in told:
             switches["cifar10"]["compiled"] = told["compiled"]
