@@ -167,8 +167,8 @@ class Recipe:
             0 = as few as fit in the memory that is free when the run starts.
         precision: fp32, bf16 or fp16 by role (a player, or teacher), of its network passes while turns are played:
             precision.teacher = "bf16". Weights, optimisers and losses stay fp32. A role that is missing is fp32.
-        checkpointing: roles whose activations are made again in the backward pass instead of kept: half the memory or
-            less, a forward pass more.
+        checkpointing: roles whose activations are made again in the backward pass instead of kept: for networks with
+            blocks about half the memory of a step, for a forward pass more.
         compile: compile the networks with torch.compile.
         sharded: under torchrun, split the players' weights over the processes, for models that outgrow a device.
         stratified: one u from each of `batch` equal intervals.
