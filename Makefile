@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(BIN)/limbeck distill recipes/digits-pid.toml --out runs/demo
 
 test: $(VENV)/.test lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -62,8 +62,8 @@ class Needs:
         return self.resident + round(max(KERNELS + SLACK * train, saving))
 
     def large(self, batch: int, micro_batches: int) -> bool:
-        """More than anybody would call nothing: a gigabyte of memory or disk."""
-        return max(self.memory(batch, micro_batches), self.checkpoint) > GIB
+        """More than anybody would call nothing: half a gigabyte of new memory or disk."""
+        return max(self.memory(batch, micro_batches) - self.resident, self.checkpoint) > GIB / 2
 
     def line(self, batch: int, micro_batches: int, keep: int) -> str:
         """For people."""

@@ -161,7 +161,7 @@ def test_signals_end_several_processes_and_none_is_lost(tmp_path: Path) -> None:
         "--every.save", "0", "--every.evaluate", "50", "--out", str(out),
     ]  # fmt: skip
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while "metrics" not in _text(out / "log.jsonl") and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
