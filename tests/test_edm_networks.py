@@ -31,7 +31,7 @@ from limbeck.networks.edm_layers import (
 from limbeck.networks.songunet import SongUNet
 
 DATA = Path(__file__).parent / "data"
-GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden"))
+GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden")).absolute()  # tests change the folder
 GOLDEN_NAMES = (
     "edm_adm_cond_multihead",
     "edm_adm_uncond_aug",

@@ -36,7 +36,7 @@ from limbeck.generator import OneStep, Trajectory
 from limbeck.noise import Karras
 from limbeck.sample import heun
 
-GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden"))
+GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden")).absolute()  # tests change the folder
 GOLDEN_NAMES = (
     "edm_adm_cond_multihead", "edm_adm_uncond_aug", "edm_ddpmpp_cond", "edm_ddpmpp_uncond_aug",
     "edm_ncsnpp_3level_gray", "edm_ncsnpp_cond_aug", "edm_song_skip_skip", "iddpm_adm_cond", "ve_ncsnpp_uncond",
