@@ -268,7 +268,6 @@ def _sitting(
             save()  # where to go back to
         while trainer.step < recipe.steps:
             told = trainer.advance(job.source)
-            stop.signum = largest(stop.signum)  # a signal may reach processes in different steps
             stop.step = trainer.step
             due = Due(trainer.step, recipe.steps)
             if due(recipe.every.log):
@@ -283,15 +282,17 @@ def _sitting(
                     rule = health.RULES[name]
                     tell(f"warning: step {trainer.step}: {name}: {rule.meaning}; {rule.advice}")
                     write({"warning": name})
-            if due(recipe.every.save) or stop.signum or trainer.step == recipe.steps:
+            # asked once: a signal reaches processes at different moments, and all must take the same step as the last
+            ending = largest(stop.signum)
+            if due(recipe.every.save) or ending or trainer.step == recipe.steps:
                 save()
             moved(trainer.step, told)
             if trainer.step == first + TIMED:
                 left = (time.perf_counter() - began - seconds) / TIMED * (recipe.steps - trainer.step)
                 if left > 60:
                     tell(f"about {resources.duration(left)} to go")
-            if stop.signum:
-                raise Stopped(stop.signum, trainer.step)
+            if ending:
+                raise Stopped(ending, trainer.step)
     if trainer.step > first:
         tell(f"{trainer.step - first:,} steps in {time.perf_counter() - began - seconds:.0f} s")
     return time.perf_counter() - began, best
@@ -393,6 +394,7 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Mo
         "log": folder.mark(log) if is_first() else None,
         "monitor": monitor.state(),
         "micro_batches": job.parts,
+        "processes": rank_and_world()[1],
         "compile": job.recipe.compile,
         "identity": job.origin,
         "threads": torch.get_num_threads(),
@@ -438,6 +440,7 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),
         ("micro_batches", state.get("micro_batches", job.parts), job.parts),
+        ("processes", state.get("processes", rank_and_world()[1]), rank_and_world()[1]),
         ("compile", state.get("compile", False), job.recipe.compile),
     ):
         if was != now:

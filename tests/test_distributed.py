@@ -128,7 +128,7 @@ def test_a_killed_process_ends_the_job_and_the_command_goes_on(tmp_path: Path) -
         capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr[-2000:]
-    assert f"continuing at step {step + 20}" in alone.stderr
+    assert f"continuing at step {step + 20}" in alone.stderr and "processes: 2 before, 1 now" in alone.stderr
     assert json.loads(alone.stdout)["processes"] == 1
 
 
