@@ -545,7 +545,7 @@ def _model(source: str, network: Any = None) -> Any:
     from limbeck import refine, teachers
 
     path = Path(source)
-    generator = refine.generator_at(path / "generator.safetensors" if path.is_dir() else path, network)
+    generator = refine.generator_at(path, network)
     if generator is not None:
         return generator
     if (path / "classifier.safetensors").is_file():

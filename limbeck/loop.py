@@ -121,6 +121,7 @@ def fitted(job: Job, needs: resources.Needs, tell: Tell) -> Job:
 
 
 def run(job: Job, tell: Tell) -> dict[str, Any]:
+    """Bring a job to its end, from wherever its folder stands. Returns the content of report.json."""
     recipe, out = job.recipe, job.out
     table = config.to_table(recipe)
     first = is_first()

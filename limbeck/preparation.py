@@ -9,11 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from limbeck import (
-    config,
-    data,
-    loop,
-)
+from limbeck import config, data, loop
 from limbeck.config import Every, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import wait_for_all

@@ -48,7 +48,9 @@ class Card:
 
 
 def generator_at(path: Path, network: type[nn.Module] | None = None) -> Generator | None:
-    """The generator in a file of Limbeck's, or in plain weights with a `Card` beside them; None if there is none.
+    """The generator in a run folder, in a file of Limbeck's, or in plain weights with a `Card` beside them.
+
+    None if there is none.
 
     Args:
         network: the caller's own class, for a file whose network is none of Limbeck's.
@@ -56,6 +58,7 @@ def generator_at(path: Path, network: type[nn.Module] | None = None) -> Generato
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    path = path / "generator.safetensors" if path.is_dir() else path
     if not path.is_file():
         return None
     card = own.card_of(path)
@@ -85,8 +88,7 @@ def named(recipe: Recipe, network: type[nn.Module] | None) -> Generator | None:
     source, *more = recipe.generator["file"], *(key for key in recipe.generator if key != "file")
     if more:
         raise ValueError(f"generator.{more[0]}: describes a fresh generator; leave it out beside generator.file")
-    path = Path(str(source))
-    found = generator_at(path / "generator.safetensors" if path.is_dir() else path, network)
+    found = generator_at(Path(str(source)), network)
     if found is None:
         raise ValueError(
             f"generator.file: no generator in {str(source)!r}; expected a generator's file, a run folder, or weights "

@@ -9,16 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from limbeck import (
-    artifact,
-    config,
-    data,
-    loop,
-    methods,
-    refine,
-    summary,
-    teachers,
-)
+from limbeck import artifact, config, data, loop, methods, refine, summary, teachers
 from limbeck.config import Real, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge

@@ -127,8 +127,7 @@ class Classification:
         for name in ("dropout", "smoothing"):
             _share(name, getattr(self, name))
         for name in ("width", "features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+            _size(name, getattr(self, name))
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise: must not be negative, got {self.noise}")
 
@@ -171,8 +170,7 @@ class GAN:
 
     def __post_init__(self) -> None:
         for name in ("latent", "width", "discriminator_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+            _size(name, getattr(self, name))
         if not 0 <= self.r1 < math.inf:
             raise ValueError(f"r1: must be finite and not negative, got {self.r1}")
 
@@ -205,6 +203,11 @@ class GAN:
         """The generator's loss per sample (B,): softplus(-logit)."""
         x = nets["generator"](batch.z, batch.cond)
         return generator_loss(nets["discriminator"](x, batch.cond), "softplus")
+
+
+def _size(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: must be at least 1, got {value}")
 
 
 def _share(name: str, value: float) -> None:

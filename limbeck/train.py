@@ -141,6 +141,14 @@ class Trainer:
         return told
 
     def play(self, index: int, turn: Turn, batches: Iterable[Batch], told: dict[str, Tensor]) -> int:
+        """One turn, the `index`-th of this step, on its micro-batches: how many samples it had, on all processes.
+
+        Args:
+            told: receives what `advance` returns of this turn.
+
+        Raises:
+            NonFinite, Overflow: before the update.
+        """
         players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
         micro = list(batches)
         own = sum(len(batch.z) for batch in micro)
@@ -179,17 +187,8 @@ class Trainer:
                 index,
                 torch.cat(losses),
             )
-        for name, player in players.items():
-            if skipped:  # all players of the turn, on all processes
-                continue
-            if self.clip is not None:
-                torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).clamp(max=1))
-            rate = self.rate_factor * self.settings[name].rate(self.step, self.steps)
-            for group in self.optimizers[name].param_groups:
-                group["lr"] = rate
-            self.optimizers[name].step()
-            told[f"grad_norm/{name}"] = norms[name]
-            told[f"lr/{name}"] = torch.tensor(rate)
+        if not skipped:  # by all players of the turn, on all processes
+            told |= self._update(players, norms)
         if scaler is not None:
             told |= self._judge(scaler, key, not skipped)
         for state in states.values():
@@ -197,6 +196,19 @@ class Trainer:
         told[f"loss/{key}"] = loss
         self._rest(players)
         return count
+
+    def _update(self, players: Mapping[str, nn.Module], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take the step of these players. Returns what the log tells of it."""
+        told: dict[str, Tensor] = {}
+        for name, player in players.items():
+            if self.clip is not None:
+                torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).clamp(max=1))
+            rate = self.rate_factor * self.settings[name].rate(self.step, self.steps)
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate
+            self.optimizers[name].step()
+            told |= {f"grad_norm/{name}": norms[name], f"lr/{name}": torch.tensor(rate)}
+        return told
 
     def _backward(self, loss: Tensor, turn: Turn, last: bool) -> None:
         if last:

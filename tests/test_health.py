@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_run import Told
 from torch import Tensor, nn
 
 import limbeck
@@ -20,14 +21,6 @@ from limbeck.game import lag
 from limbeck.health import Monitor, Series
 from limbeck.methods import METHODS
 from limbeck.train import NonFinite, Trainer
-
-
-class Told(list[str]):
-    def __call__(self, line: str) -> None:
-        self.append(line)
-
-    def has(self, text: str) -> bool:
-        return any(text in line for line in self)
 
 
 @pytest.fixture

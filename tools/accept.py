@@ -50,14 +50,6 @@ def ring8(result: dict[str, Any]) -> list[tuple[str, bool]]:
     return told
 
 
-def recalled(result: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Every run has a mode recall; what it is, is reported."""
-    return [
-        (f"{row['variant']}: mode recall {row['mode_recall']:.3f}, mmd {row['student']:.4f}", "mode_recall" in row)
-        for row in result["summary"]
-    ]
-
-
 def demo(result: dict[str, Any]) -> list[tuple[str, bool]]:
     """The demo's student: at most twice the teacher's distance, class accuracy within 3 points."""
     told = []
@@ -226,7 +218,6 @@ def gan_refinement() -> dict[str, Any]:
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-ring8": lambda: compared("pid-ring8", ring8),
     "methods-ring8": lambda: compared("methods-ring8", ring8),
-    "methods-mog40": lambda: compared("methods-mog40", recalled),
     "pid-digits": lambda: compared("pid-digits", demo),
     "demo": demo_time,
     "pid-trend-ring8": lambda: compared("pid-trend-ring8", trend),

@@ -475,14 +475,7 @@ def corruptions(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
         row.injected += 1
         told: list[str] = []
         what = f"{base.name}/{path.relative_to(out)} {how}"
-        try:
-            limbeck.distill("exact:ring8", "sid", out=out, tell=told.append, **TINY)
-        except ValueError as error:
-            row.tracebacks += "\n" in str(error)
-        except Exception as error:
-            row.tracebacks += 1
-            row.notes.append(f"{what}: {type(error).__name__}: {error}")
-        else:
+        if passes(row, what, partial(limbeck.distill, "exact:ring8", "sid", out=out, tell=told.append, **TINY)):
             row.continued += 1
             newest = max((base / "checkpoints").glob("ckpt-*")).name  # older ones are not opened
             read = path.parent == out or path.parent.name == newest
@@ -511,16 +504,23 @@ def files(row: Row, finished: Path, folder: Path, size: Size, rng: random.Random
         sound, how = path.read_bytes(), damage(path, rng)
         if not path.is_file() or path.read_bytes() != sound:
             row.injected += 1
-            try:
-                opened()
-            except ValueError as error:
-                row.tracebacks += "\n" in str(error)
-            except Exception as error:
-                row.tracebacks += 1
-                row.notes.append(f"{path.name} {how}: {type(error).__name__}")
-            else:
+            if passes(row, f"{path.name} {how}", opened):
                 row.blame(f"{path.name} {how}: opened as if sound")
         shutil.rmtree(out)
+
+
+def passes(row: Row, what: str, attempt: Callable[[], Any]) -> bool:
+    """Is nothing wrong with it? A mistake that is told in one line is no traceback; anything else counts as one."""
+    try:
+        attempt()
+    except ValueError as error:
+        row.tracebacks += "\n" in str(error)
+        return False
+    except Exception as error:
+        row.tracebacks += 1
+        row.notes.append(f"{what}: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 # Hostile and malformed input ------------------------------------------------------------------------------------------
