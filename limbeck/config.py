@@ -161,7 +161,7 @@ class Recipe:
         generator: `file`, a generator to refine: its file, a run folder, or weights of the caller's class (--network)
             with a card; or network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`),
             with fresh weights; empty = the generator that the method builds from the template.
-        steps: length of the run.
+        steps: length of the run; the default is shorter for methods whose step has more turns.
         batch: samples of one turn.
         micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share;
             0 = as few as fit in the memory that is free when the run starts.
@@ -193,7 +193,7 @@ class Recipe:
     size: int | None = None
     template: dict[str, Any] = field(default_factory=dict)
     generator: dict[str, Any] = field(default_factory=dict)
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 256
     micro_batches: int = 1
     precision: dict[str, Precision] = field(default_factory=dict)
@@ -293,6 +293,8 @@ def resolve(table: Mapping[str, Any], known: Mapping[str, type], foreign: bool =
     """
     table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
     table["method"] = resolve_method(table.get("method"), known, foreign)
+    if hasattr(table["method"], "steps"):
+        table.setdefault("steps", table["method"].steps)
     defaults = table["method"].optimizers()
     given = table.get("optimizer", {})
     if not isinstance(given, dict):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser, expand
@@ -85,11 +86,32 @@ class State(nn.Module):
         return {}
 
 
+class Count(State):
+    """A number of events since the start of the run, told as `name`."""
+
+    total: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+    def add(self, events: Tensor) -> None:
+        """Count those of a batch (B,) that are true."""
+        self.total += events.sum()
+
+    def commit(self) -> None: ...
+
+    def told(self) -> dict[str, Tensor]:
+        return {self.name: self.total.clone()}
+
+
 class Objective(Protocol):
     """A method. `product` names the player that is averaged (EMA) and exported; `needs_real` asks for `Batch.real`.
 
-    Two things are optional. `warm_start = True` asks for a template that is fitted to the teacher if it is not the
-    teacher's own network; `health(nets, teacher, batch)` gives 0-d tensors for the log.
+    Three things are optional. `warm_start = True` asks for a template that is fitted to the teacher if it is not the
+    teacher's own network; `steps` is the length of a run that names none; `health(nets, teacher, batch)` gives 0-d
+    tensors for the log.
     """
 
     @property

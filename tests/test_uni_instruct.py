@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -507,3 +507,30 @@ def test_unknown_divergence(name: str) -> None:
 def test_missing_ratio(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^divergence: {name} needs the density ratio.*reverse_kl"):
         step().loss(name, None)
+
+
+@every_divergence
+def test_limited_pull_never_drives_samples_away(name: str) -> None:
+    """Far samples of a generator that the fake score knows, and a critic that says r = 1 there: descent approaches."""
+    x = f64([[3.0], [-2.0], [0.5], [10.0]]).requires_grad_()
+    sigma, start = f64([0.1, 0.2, 0.4, 0.8]), x.detach()
+    noisy = x + sigma[:, None] * f64([[0.3], [-1.0], [0.7], [0.1]])
+    # a point mass per sample, whose exact denoiser is constant; the teacher's data are near 0
+    fake, real, ratio = start + 0 * noisy, 0 * noisy, torch.ones(4, dtype=torch.float64)
+
+    def towards(limit: float) -> Tensor:
+        loss = uni_instruct_loss(x, noisy, sigma, fake, real, ratio, name, limit)
+        return torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] * start
+
+    assert (towards(1.0) > 0).all()
+    if name in ("jensen_shannon", "hellinger"):  # the exact term alone, with a ratio that does not fit the gap
+        assert (towards(math.inf) < 0).any()
+
+
+def test_limit_leaves_gentle_pulls_exact() -> None:
+    s = step()
+    gentle = replace(s, real=s.fake + 1e-3 * s.real)
+    args = (gentle.x, gentle.noisy, gentle.sigma, gentle.fake, gentle.real, gentle.ratio, "jensen_shannon")
+    assert torch.equal(uni_instruct_loss(*args, pull_limit=1.0), uni_instruct_loss(*args))
+    half = uni_instruct_loss(s.x, s.noisy, s.sigma, s.fake, s.real, s.ratio, "jensen_shannon", 0.0)
+    assert not torch.equal(half, s.loss("jensen_shannon", s.ratio))

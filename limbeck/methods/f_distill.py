@@ -59,6 +59,7 @@ class FDistill:
     product: ClassVar[str] = "generator"
     needs_real: ClassVar[bool] = True
     warm_start: ClassVar[bool] = True
+    steps: ClassVar[int] = 3000
 
     divergence: str = "jensen_shannon"
     levels: Law = field(default_factory=LogNormal)

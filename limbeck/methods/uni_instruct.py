@@ -18,6 +18,8 @@ switch                 default                                     what else
                                                                    critic, which reads real samples
 ratio                  exp(logit) with its graph to x_sigma,       the code's ratio is L / (L - 1) of a loss L in the
                        at most E_fake[r] = 1 in bins of u          hundreds; ``as_released`` leaves that 1 and detaches
+``pull_limit``         |D_fake - D_real|^2 / sigma^2 in the third  inf: the exact gradient, which flees from the data
+                       term counts up to 1                         where a critic lags (below)
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
 ``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
                                                                    ``sida``
@@ -26,10 +28,17 @@ gate                   the critic counts after 100,000 images;     ``game.advers
 ``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
                        ``sid``)
 =====================  ==========================================  ==================================================
+
+The third term is cubic in the gap of the scores, and for Jensen-Shannon and Hellinger it repels. In the exact gradient
+the ratio, which vanishes where the gap is wide, keeps it small; a learned ratio that lags does not, and samples that it
+drives away make the gap wider. With |D_fake - D_real|^2 / sigma^2 at most 1 it is never more than a quarter of the
+first term, r / (1 + r)^2 of it for Jensen-Shannon, so that the two together always attract. The log counts the samples
+for which this differs from the exact gradient (`pull/limited`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
@@ -44,12 +53,19 @@ from limbeck.game import Game
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, per_sample
 from limbeck.noise import Law, LogNormal
-from limbeck.objective import Batch, Turn
+from limbeck.objective import Batch, Count, Turn
 from limbeck.optimizer import Optimizer
 
 
 def uni_instruct_loss(
-    x: Tensor, noisy: Tensor, sigma: Tensor, fake: Tensor, real: Tensor, ratio: Tensor | None, divergence: str
+    x: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    fake: Tensor,
+    real: Tensor,
+    ratio: Tensor | None,
+    divergence: str,
+    pull_limit: float = math.inf,
 ) -> Tensor:
     """The three terms, summed over coordinates, unweighted: (B,). Its gradient is that of E_p[h(r) |fake - real|^2].
 
@@ -60,6 +76,7 @@ def uni_instruct_loss(
         fake, real: clean estimates at `noisy`, with their graphs to it.
         ratio: r at `noisy`, teacher over student, (B,), with its graph to it; None for the reverse KL only.
         divergence: a key of `divergence.DIVERGENCES`.
+        pull_limit: largest |fake - real|^2 / sigma^2 in the third term.
 
     Raises:
         ValueError: for an unknown divergence, or one that needs a ratio without it.
@@ -75,7 +92,8 @@ def uni_instruct_loss(
     squares = per_sample(gap**2)
     score_term = -2 * d.h(ratio) * per_sample(gap * (fake - x))
     path_term = (d.h(ratio) - d.h1(ratio)).detach() * squares
-    pull = expand((d.h2(ratio) * squares / sigma**2).detach(), gap) * gap.detach()
+    steepness = (squares / sigma**2).clamp(max=pull_limit)
+    pull = expand((d.h2(ratio) * steepness).detach(), gap) * gap.detach()
     return score_term + path_term + per_sample(pull * noisy)
 
 
@@ -87,6 +105,7 @@ class UniInstruct:
         divergence: a key of `divergence.DIVERGENCES`.
         as_released: the public code's form: the first term only, with h(1) constant.
         levels: law of the noise in the generator's turn.
+        pull_limit: largest |D_fake - D_real|^2 / sigma^2 in the third term; inf = exact.
         normalizer: l1, or none.
         ratio_bins: bins of u in which the ratio is brought down to mean 1.
         game: what methods with a fake score share; its critic gives the ratio. reverse_kl needs none: with an
@@ -100,6 +119,7 @@ class UniInstruct:
     divergence: str = "jensen_shannon"
     as_released: bool = False
     levels: Law = field(default_factory=LogNormal)
+    pull_limit: float = 1.0
     normalizer: Literal["l1", "none"] = "l1"
     ratio_bins: int = 10
     game: Game = field(default_factory=lambda: Game(adversarial=Adversarial(after=100_000)))
@@ -107,6 +127,8 @@ class UniInstruct:
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence: unknown {self.divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+        if not self.pull_limit >= 0:
+            raise ValueError(f"pull_limit: must not be negative, got {self.pull_limit}")
         if not 1 <= self.ratio_bins <= 1000:
             raise ValueError(f"ratio_bins: must be 1 to 1,000, got {self.ratio_bins}")
         if self.game.adversarial is None and self.divergence != "reverse_kl":
@@ -127,9 +149,10 @@ class UniInstruct:
         return self._game.adversarial is not None
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
-        """The players of the game and, with a critic, the running mean of its ratio."""
+        """The players of the game and, with a critic, its ratio's running mean and the count of limited pulls."""
         made = self._game.players(template, generator)
-        return made | ({"ratio": RatioScale(self.ratio_bins)} if self.needs_real else {})
+        ratio = {"ratio": RatioScale(self.ratio_bins), "pull": Count("limited")}
+        return made | (ratio if self.needs_real else {})
 
     def optimizers(self) -> dict[str, Optimizer]:
         return self._game.optimizers()
@@ -155,7 +178,9 @@ class UniInstruct:
             terms = at_one * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
         else:
             ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
-            terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence)
+            terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence, self.pull_limit)
+            steep = per_sample((fake - real).detach() ** 2) > self.pull_limit * view.sigma**2
+            cast(Count, nets["pull"]).add(steep)
         return weight * terms / teacher.unit**2 + self._game.adversarial_loss(view)
 
     def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
