@@ -36,7 +36,7 @@ VERBS = {
         "measure what a recipe's step costs, or compare two settings",
     ),
     "compare": (
-        "GRID.toml --out DIR [--features F] [--workers N]",
+        "GRID.toml --out DIR [--features F] [--workers N] [--known FILE.json] [--only PATTERN]",
         "run a grid of recipes and put their scores side by side",
     ),
     "export": (
@@ -309,12 +309,16 @@ class CompareOptions:
     Attributes:
         features: replaces evaluate.features of all runs, e.g. by a TorchScript file.
         workers: cells that are played at the same time, each by a process of its own.
+        known: a comparison.json of this grid, from another day or machine: its runs are not played again.
+        only: play the cells whose names fit this pattern, with * for any text, e.g. "sid-*".
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     features: str | None = None
     workers: int = 1
+    known: Path | None = None
+    only: str = "*"
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 1000:
@@ -614,7 +618,9 @@ def _compare(words: list[str], keys: dict[str, Any]) -> None:
     out = _folder(keys.pop("out", None))
     as_json = keys.pop("json", None) == "true"
     options: CompareOptions = config.validate(CompareOptions, keys)
-    result = compare.compare(Path(_one(words, "GRID.toml")), out, _say, options.features, options.workers)
+    result = compare.compare(
+        Path(_one(words, "GRID.toml")), out, _say, options.features, options.workers, options.known, options.only
+    )
     _print_result(result, as_json)
 
 

@@ -20,12 +20,16 @@ A grid file is TOML:
 
 A variant may have a `grid` of its own, which replaces keys of the common one.
 
-Interrupted comparisons continue: finished cells are read, unfinished ones go on from their checkpoints.
+Interrupted comparisons continue: finished cells are read, unfinished ones go on from their checkpoints. Large ones can
+be made in parts, on several machines or days: `only` chooses cells, and `known` takes rows of an earlier
+comparison.json instead of playing their cells again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import hashlib
 import itertools
 import json
 import math
@@ -48,20 +52,32 @@ from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
 
+KEPT = (
+    "steps", "images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes", "history", "commit",
+    "machine",
+)  # fmt: skip
 KEYS = ("title", "intro", "metric", "also", "x", "target", "euler", "base", "variant", "grid")
 
 
 def compare(
-    path: Path, out: Path, tell: Callable[[str], None], features: str | None = None, workers: int = 1
+    path: Path,
+    out: Path,
+    tell: Callable[[str], None],
+    features: str | None = None,
+    workers: int = 1,
+    known: Path | None = None,
+    only: str = "*",
 ) -> dict[str, Any]:
     """Run the grid of the TOML file `path` in the folder `out`; write comparison.json and comparison.html there.
 
     Args:
         features: replaces evaluate.features of all cells: a program may not be named in a file.
         workers: processes that play cells at the same time; set `threads` in the grid's base.
+        known: a comparison.json of this grid; its rows are taken over, where the recipe of their cell is the same.
+        only: pattern of the names of cells to play, with * for any text; the others are missing from the tables.
 
     Returns:
-        The content of comparison.json.
+        The content of comparison.json. Each row says where it was played; `missing` names the cells without one.
 
     Raises:
         ValueError: for a bad grid or recipe, before anything is run.
@@ -74,31 +90,36 @@ def compare(
     cells = _cells(grid, path, features)
     judges = _checked(grid, path, out, cells)
     metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
+    earlier = {} if known is None else _earlier(known, grid, cells, path, tell)
+    chosen = [cell for cell in cells if cell[0] not in earlier and fnmatch.fnmatchcase(cell[0], only)]
+    if not chosen and not earlier:
+        raise ValueError(f"{path}: only: no cell is called like {only!r}; the first is {cells[0][0]}")
     if workers > 1:
-        _play_all([(recipe, out / name, name) for name, _, recipe in cells], workers, tell)
-    rows: list[dict[str, Any]] = []
+        _play_all([(recipe, out / name, name) for name, _, recipe in chosen], workers, tell)
+    made: dict[str, dict[str, Any]] = {}
     solved: dict[str, dict[str, float]] = {}
-    known: dict[str, float] = {}
-    for number, (name, settings, recipe) in enumerate(cells, 1):
-        tell(f"[{number}/{len(cells)}] {name}")
+    watched: dict[str, float] = {}
+    for number, (name, settings, recipe) in enumerate(chosen, 1):
+        tell(f"[{number}/{len(chosen)}] {name}")
         told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
-        row: dict[str, Any] = {"name": name, "settings": settings}
-        kept = ("steps", "images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes", "history")
-        row |= {key: told[key] for key in kept if key in told}
+        row: dict[str, Any] = {"name": name, "settings": settings, "recipe": _key(recipe)}
+        row |= {key: told[key] for key in KEPT if key in told}
         if grid.get("euler"):
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
         if "target" in grid:
             key = json.dumps([recipe.teacher, config.plain(recipe.evaluate)])
-            known[key] = known.get(key) or _teachers_watched(recipe, judges[name])[metrics[0]]
-            row["reached"] = reached(row.get("history", []), metrics[0], grid["target"] * known[key])
-        rows.append(row)
+            watched[key] = watched.get(key) or _teachers_watched(recipe, judges[name])[metrics[0]]
+            row["reached"] = reached(row.get("history", []), metrics[0], grid["target"] * watched[key])
+        made[name] = row
+    rows = [(earlier | made)[name] for name, _, _ in cells if name in earlier or name in made]
     result = {
         "title": grid.get("title", path.stem),
         "metric": metrics[0],
         "grid": grid,
         "rows": rows,
+        "missing": [name for name, _, _ in cells if name not in earlier and name not in made],
         "summary": _over_seeds(rows, metrics),
         "versions": versions(),
         "machine": machine(),
@@ -108,6 +129,41 @@ def compare(
     write_atomically(out / "comparison.html", page(result))
     tell(f"comparison: {out / 'comparison.html'}")
     return result
+
+
+def _key(recipe: Recipe) -> str:
+    """What tells whether two cells are the same run."""
+    return hashlib.sha256(json.dumps(config.to_table(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def _earlier(
+    known: Path,
+    grid: Mapping[str, Any],
+    cells: Sequence[tuple[str, dict[str, Any], Recipe]],
+    path: Path,
+    tell: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier comparison.json by the name of their cell, where that has the same recipe.
+
+    Raises:
+        ValueError: if the file is not one of this grid.
+    """
+    try:
+        before = json.loads(known.read_text())
+        old, rows = before["grid"], {row["name"]: row for row in before["rows"]}
+        recipes = {name: row["recipe"] for name, row in rows.items()}
+    except OSError as error:
+        raise ValueError(f"known: cannot read {known} ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"known: {known} is no comparison.json of `limbeck compare`") from None
+    for key in ("metric", "also", "target", "euler"):
+        if old.get(key) != grid.get(key):
+            raise ValueError(f"known: {known} has {key} = {old.get(key)!r}, and {path} has {grid.get(key)!r}")
+    keys = {name: _key(recipe) for name, _, recipe in cells}
+    changed = [name for name in rows if name in keys and keys[name] != recipes[name]]
+    if changed:
+        tell(f"known: {len(changed)} cells have another recipe now, {changed[0]} for one; their rows are left out")
+    return {name: row for name, row in rows.items() if keys.get(name) == recipes[name]}
 
 
 def _play_all(cells: Sequence[tuple[Recipe, Path, str]], workers: int, tell: Callable[[str], None]) -> None:
@@ -369,4 +425,7 @@ def page(result: Mapping[str, Any]) -> str:
             )
     table = [{key: value for key, value in row.items() if value is not None} for row in told]
     hashes = {row["name"]: row["hashes"] for row in result["rows"] if "hashes" in row}
-    return report.render_comparison(result["title"], grid.get("intro", ""), table, panels, {**result, "hashes": hashes})
+    intro, missing = grid.get("intro", ""), len(result.get("missing", []))
+    if missing:
+        intro = f"{intro} {missing} of {missing + len(result['rows'])} runs are missing.".strip()
+    return report.render_comparison(result["title"], intro, table, panels, {**result, "hashes": hashes})

@@ -143,6 +143,53 @@ def test_two_variants_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
     assert again["summary"] == told["summary"]
 
 
+def test_a_comparison_in_parts_is_the_whole(
+    tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny}
+    grid = {"metric": "mmd", "target": 1.2, "base": base, "grid": {"seed": [0, 1, 2]}}
+    HERE.write_text(config.dump_toml(grid))
+
+    def made(*words: str) -> dict[str, Any]:
+        assert cli.main(["compare", "study.toml", *words]) == 0
+        told: dict[str, Any] = json.loads(Path(words[words.index("--out") + 1], "comparison.json").read_text())
+        return told
+
+    def scores(told: dict[str, Any]) -> list[Any]:
+        return [(row["name"], row["student"]["metrics"]) for row in told["rows"]]
+
+    whole = made("--out", "whole")
+    assert whole["missing"] == [] and all(row["commit"] and row["machine"] for row in whole["rows"])
+    first = made("--out", "one", "--only", "seed_[02]")
+    assert first["missing"] == ["seed_1"] and first["summary"][0]["seeds"] == 2
+    assert "1 of 3 runs are missing" in Path("one/comparison.html").read_text()
+    second = made("--out", "two", "--known", "one/comparison.json")
+    assert [path.name for path in sorted(Path("two").iterdir()) if path.is_dir()] == ["seed_1"]
+    assert second["missing"] == [] and scores(second) == scores(whole) and second["rows"][0] == first["rows"][0]
+    # a cell whose recipe has changed is played again
+    HERE.write_text(config.dump_toml({**grid, "base": {**base, "method": {"name": "pid", "N": 6}}}))
+    capsys.readouterr()
+    assert made("--out", "three", "--known", "one/comparison.json")["rows"][0] != first["rows"][0]
+    assert "known: 2 cells have another recipe now, seed_0 for one" in capsys.readouterr().err
+    for name, text, words in (
+        (
+            "other.json",
+            json.dumps({**whole, "grid": {**grid, "target": 2.0}}),
+            "has target = 2.0, and study.toml has 1.2",
+        ),
+        ("no.json", "[]", "is no comparison.json"),
+        ("missing.json", None, "cannot read missing.json (No such file"),
+    ):
+        if text is not None:
+            Path(name).write_text(text)
+        assert cli.main(["compare", "study.toml", "--out", "four", "--known", name]) == 2
+        assert words in capsys.readouterr().err
+    assert cli.main(["compare", "study.toml", "--out", "four", "--only", "sid*"]) == 2
+    assert "only: no cell is called like 'sid*'; the first is seed_0" in capsys.readouterr().err
+    assert not Path("four").exists()
+
+
 def test_workers_make_what_one_process_makes(tmp_path: Path, tiny: dict[str, Any]) -> None:
     base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, "threads": 1, **tiny}
     text = config.dump_toml({"metric": "mmd", "base": base, "grid": {"seed": [0, 1, 2]}})

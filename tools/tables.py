@@ -49,6 +49,7 @@ def table(name: str) -> str:
         return "*Not measured yet.*\n"
     result = json.loads(path.read_text())
     rows = [{key: value for key, value in row.items() if value is not None} for row in result["summary"]]
+    missing = result.get("missing", [])
     hidden = [key for key in HIDDEN if len({row[key] for row in rows}) == 1]
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
     seeds, images = rows[0]["seeds"], rows[0]["images"]
@@ -61,6 +62,7 @@ def table(name: str) -> str:
             line(["---"] * len(keys)),
             *(line([cell(row.get(key)) for key in keys]) for row in rows),
             "",
+            *([f"{len(missing)} of {len(missing) + len(result['rows'])} runs are missing.", ""] if missing else []),
             f"*{origin(result)}.*",
             "",
         ]
