@@ -40,7 +40,7 @@ class Average:
 
 
 class EMA:
-    """A copy of `module` whose parameters follow it; buffers are copied.
+    """A copy of `module` whose parameters follow it, and whose buffers are its.
 
     Of a module whose weights are split over processes (`shards.split`) the average is kept in the same pieces.
 
@@ -52,18 +52,24 @@ class EMA:
         self.settings = settings
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self._pieces: dict[str, Tensor] | None = None
+        self._follow(module)
 
-    def split_as(self, module: nn.Module) -> None:
-        """Keep the average in pieces, as the weights of `module`, of which this is still a copy, are."""
+    def _follow(self, module: nn.Module) -> None:
+        # lists, because walking through modules at every step costs small networks more than the update
+        mine = self.module.parameters() if self._pieces is None else self._pieces.values()
+        self._weights = [local(p) for p in mine], [local(p) for p in module.parameters()]
+        self._buffers = [*zip(self.module.buffers(), module.buffers(), strict=True)]
+
+    def split(self, module: nn.Module) -> None:
+        """Keep the average in pieces, as the weights of `module`, of which this is still a copy, now are."""
         self._pieces = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._follow(module)
 
     @torch.no_grad()
-    def update(self, module: nn.Module, images: int, batch: int) -> None:
+    def update(self, images: int, batch: int) -> None:
         """One update after a step of `batch` images that followed `images` earlier ones."""
-        weight = 1 - self.settings.decay(images, batch)
-        mine = self.module.parameters() if self._pieces is None else self._pieces.values()
-        torch._foreach_lerp_([local(p) for p in mine], [local(p) for p in module.parameters()], weight)
-        for old, new in zip(self.module.buffers(), module.buffers(), strict=True):
+        torch._foreach_lerp_(*self._weights, 1 - self.settings.decay(images, batch))
+        for old, new in self._buffers:
             old.copy_(new)
 
     @torch.no_grad()

@@ -89,6 +89,9 @@ class Passes:
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """Within, the networks compute as they should in a turn; its backward passes belong into it too."""
+        if not (self.checkpointing or self.compiled or self.around or self.precision):
+            yield
+            return
         replaced: list[tuple[nn.Module, str, Any]] = []
 
         def put(owner: nn.Module, name: str, call: Call) -> None:

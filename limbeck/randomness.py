@@ -20,3 +20,13 @@ def seed_of(*key: int | str) -> int:
 def stream(*key: int | str) -> torch.Generator:
     """A fresh CPU generator keyed by `key`."""
     return torch.Generator().manual_seed(seed_of(*key))
+
+
+def reseed(*key: int | str) -> None:
+    """Set the global generators by `key`.
+
+    `torch.manual_seed` also notes, with the whole call stack, what devices that were never used would have to do.
+    """
+    torch.default_generator.manual_seed(seed_of(*key))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed_of(*key))

@@ -28,7 +28,7 @@ from limbeck.generator import Generator
 from limbeck.objective import Batch, Objective, State, Turn
 from limbeck.optimizer import Optimizer
 from limbeck.passes import Overflow, Passes, Precision, Scaler
-from limbeck.randomness import seed_of
+from limbeck.randomness import reseed, seed_of
 
 Source = Callable[[int, int], Iterable[Batch]]
 
@@ -106,9 +106,11 @@ class Trainer:
         if split is not None:
             for net in self.nets.values():
                 split(net)
-            self.ema.split_as(self.nets[objective.product])
-        self.optimizers = {name: s.build(_groups(self.nets[name])) for name, s in settings.items()}
-        self.exchanges = {name: Exchange(self.nets[name].parameters()) for name in settings}
+            self.ema.split(self.nets[objective.product])
+        # lists, because walking through modules several times a turn costs small networks as much as a pass
+        self.weights = {name: list(net.parameters()) for name, net in self.nets.items()}
+        self.optimizers = {name: s.build(_groups(self.weights[name])) for name, s in settings.items()}
+        self.exchanges = {name: Exchange(self.weights[name]) for name in settings}
         self.passes = Passes({"teacher": self.teacher, **self.nets}, precision or {}, checkpointing)
         self.scalers: dict[str, Scaler] = {}
         self.step = self.images = 0
@@ -132,7 +134,7 @@ class Trainer:
             if self.objective.product in turn.players:
                 images += count
         if images:
-            self.ema.update(self.nets[self.objective.product], self.images, images)
+            self.ema.update(self.images, images)
         for name, net in self.nets.items():
             if isinstance(net, State):
                 told |= {f"{name}/{key}": value for key, value in net.told().items()}
@@ -149,7 +151,7 @@ class Trainer:
         Raises:
             NonFinite, Overflow: before the update.
         """
-        players = {name: self.nets[name].train().requires_grad_(True) for name in turn.players}
+        self._wake(turn.players)
         micro = list(batches)
         own = sum(len(batch.z) for batch in micro)
         count = micro[0].total or own
@@ -161,7 +163,7 @@ class Trainer:
         # dropout is the only user of the global generator; it gets a stream of its own and gives the old one back
         with torch.random.fork_rng(devices=[]), self.passes():
             for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
-                torch.manual_seed(seed_of(self.seed, "dropout", self.step, index, number))
+                reseed(self.seed, "dropout", self.step, index, number)
                 each = turn.loss(self.nets, self.teacher, batch)
                 mean = each.sum() / count
                 last = len(losses) == len(micro) - 1
@@ -170,14 +172,14 @@ class Trainer:
         loss = sum((each.sum() / count for each in losses), micro[0].z.new_zeros(()))
         loss = self._exchange(turn, loss, states, before)
         if scaler is not None:
-            for player in players.values():
-                torch._foreach_mul_(_gradients(player), 1 / scaler.scale)
-        norms = {name: _gradient_norm(player) for name, player in players.items()}
+            for name in turn.players:
+                torch._foreach_mul_(_gradients(self.weights[name]), 1 / scaler.scale)
+        norms = {name: _gradient_norm(self.weights[name]) for name in turn.players}
         # one look at the numbers, so that a device is waited for once
         finite = torch.isfinite(torch.stack([loss.double(), *(norm.double() for norm in norms.values())])).tolist()
         skipped = scaler is not None and finite[0] and not all(finite)
         if not all(finite) and not skipped:
-            self._rest(players)
+            self._rest(turn.players)
             bad = torch.nonzero(~torch.isfinite(torch.cat(losses)))[:, 0].tolist()
             where = f" (the first bad sample: {bad[0]} of {own})" if bad else ""
             raise NonFinite(
@@ -188,26 +190,26 @@ class Trainer:
                 torch.cat(losses),
             )
         if not skipped:  # by all players of the turn, on all processes
-            told |= self._update(players, norms)
+            told |= self._update(norms)
         if scaler is not None:
             told |= self._judge(scaler, key, not skipped)
         for state in states.values():
             state.commit()
         told[f"loss/{key}"] = loss
-        self._rest(players)
+        self._rest(turn.players)
         return count
 
-    def _update(self, players: Mapping[str, nn.Module], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take the step of these players. Returns what the log tells of it."""
+    def _update(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take the step of the players whose gradients have these norms. Returns what the log tells of it."""
         told: dict[str, Tensor] = {}
-        for name, player in players.items():
+        for name, norm in norms.items():
             if self.clip is not None:
-                torch._foreach_mul_(_gradients(player), (self.clip / norms[name]).clamp(max=1))
+                torch._foreach_mul_(_gradients(self.weights[name]), (self.clip / norm).clamp(max=1))
             rate = self.rate_factor * self.settings[name].rate(self.step, self.steps)
             for group in self.optimizers[name].param_groups:
                 group["lr"] = rate
             self.optimizers[name].step()
-            told |= {f"grad_norm/{name}": norms[name], f"lr/{name}": torch.tensor(rate)}
+            told |= {f"grad_norm/{name}": norm, f"lr/{name}": torch.tensor(rate)}
         return told
 
     def _backward(self, loss: Tensor, turn: Turn, last: bool) -> None:
@@ -237,7 +239,7 @@ class Trainer:
         """Count an update under a scaler. Returns what the log tells of it."""
         scaler.add(finite)
         if scaler.failing:
-            self._rest({name: self.nets[name] for name in key.split("+")})
+            self._rest(key.split("+"))
             raise Overflow(
                 f"{scaler.skipped} of {scaler.updates} updates of {key} were skipped, because float16 cannot hold "
                 f"their gradients; set precision to bf16 or fp32, or lower the learning rate"
@@ -248,12 +250,12 @@ class Trainer:
     def rehearsal(self, players: Sequence[str]) -> Iterator[None]:
         """A turn of these players may be computed within, as it will be when it is played; nothing of it stays."""
         before = {name: buffer.clone() for name, buffer in self.nets.named_buffers()}
-        moved = {name: self.nets[name].train().requires_grad_(True) for name in players}
+        self._wake(players)
         try:
             with torch.random.fork_rng(devices=[]), self.passes():
                 yield
         finally:
-            self._rest(moved)
+            self._rest(players)
             for name, buffer in self.nets.named_buffers():
                 buffer.copy_(before[name])
 
@@ -272,10 +274,18 @@ class Trainer:
         if self.passes.failed:
             tell(f"compile: failed ({self.passes.failed}); the networks run uncompiled")
 
-    def _rest(self, players: Mapping[str, nn.Module]) -> None:
-        for player in players.values():
-            player.zero_grad(set_to_none=True)
-            player.eval().requires_grad_(False)
+    def _wake(self, players: Iterable[str]) -> None:
+        for name in players:
+            self.nets[name].train()
+            for weight in self.weights[name]:
+                weight.requires_grad_(True)
+
+    def _rest(self, players: Iterable[str]) -> None:
+        for name in players:
+            self.nets[name].eval()
+            for weight in self.weights[name]:
+                weight.grad = None
+                weight.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimiser states by parameter name, moving average and counters."""
@@ -301,29 +311,29 @@ class Trainer:
         self.scalers = {key: Scaler(**values) for key, values in state.get("scalers", {}).items()}
 
 
-def _groups(player: nn.Module) -> list[dict[str, Any]]:
+def _groups(weights: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """The weights as an optimiser's groups: whole ones and split ones are not updated in one call."""
     groups: dict[bool, list[nn.Parameter]] = {}
-    for parameter in player.parameters():
-        groups.setdefault(local(parameter) is parameter, []).append(parameter)
+    for weight in weights:
+        groups.setdefault(local(weight) is weight, []).append(weight)
     return [{"params": group} for group in groups.values()]
 
 
-def _gradient_norm(player: nn.Module) -> Tensor:
-    for parameter in player.parameters():
-        if parameter.grad is None:  # a parameter that the loss did not reach moves as if its gradient were 0
-            parameter.grad = torch.zeros_like(parameter)
-    norms = torch.stack(torch._foreach_norm(_gradients(player)))
-    split = [local(p) is not p for p in player.parameters()]
+def _gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
+    for weight in weights:
+        if weight.grad is None:  # a weight that the loss did not reach moves as if its gradient were 0
+            weight.grad = torch.zeros_like(weight)
+    norms = torch.stack(torch._foreach_norm(_gradients(weights)))
+    split = [local(weight) is not weight for weight in weights]
     if any(split):
         apart = torch.tensor(split)
         return (total((norms[apart] ** 2).sum()) + (norms[~apart] ** 2).sum()).sqrt()
     return torch.linalg.vector_norm(norms)
 
 
-def _gradients(player: nn.Module) -> list[Tensor]:
+def _gradients(weights: Iterable[nn.Parameter]) -> list[Tensor]:
     """Gradients of the weights, or pieces of weights, that this process holds."""
-    return [local(p.grad) for p in player.parameters() if p.grad is not None]
+    return [local(weight.grad) for weight in weights if weight.grad is not None]
 
 
 def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

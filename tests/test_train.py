@@ -549,7 +549,7 @@ def test_moving_average_by_hand() -> None:
             module.weight += torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) * (step + 1)
             module.running_mean += 1
         batch = 8 + step
-        ema.update(module, images, batch)
+        ema.update(images, batch)
         decay = 0.5 ** (batch / max(min(40, 0.5 * images), 1e-8))
         expected = decay * expected + (1 - decay) * module.weight.detach()
         images += batch
