@@ -117,7 +117,7 @@ def test_two_settings_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for side in (one, other):
         # the parts are the whole
         middle = sorted(side["all_seconds"])[1]
-        assert sum(side["parts"].values()) == pytest.approx(middle, rel=0.05)
+        assert sum(side["parts"].values()) == pytest.approx(middle, rel=1e-9)
         assert set(side["parts"]) == set(bench.PARTS)
         assert min(side["parts"].values()) > 0
     assert 0 < one["fraction_of_peak"] < 1
