@@ -216,7 +216,6 @@ def gan_refinement() -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "pid-ring8": lambda: compared("pid-ring8", ring8),
     "methods-ring8": lambda: compared("methods-ring8", ring8),
     "pid-digits": lambda: compared("pid-digits", demo),
     "demo": demo_time,
