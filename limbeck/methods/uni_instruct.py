@@ -31,9 +31,9 @@ gate                   the critic counts after 100,000 images;     ``game.advers
 
 The third term is cubic in the gap of the scores, and for Jensen-Shannon and Hellinger it repels. In the exact gradient
 the ratio, which vanishes where the gap is wide, keeps it small; a learned ratio that lags does not, and samples that it
-drives away make the gap wider. With |D_fake - D_real|^2 / sigma^2 at most 1 it is never more than a quarter of the
-first term, r / (1 + r)^2 of it for Jensen-Shannon, so that the two together always attract. The log counts the samples
-for which this differs from the exact gradient (`pull/limited`).
+drives away make the gap wider. With |D_fake - D_real|^2 / sigma^2 at most 1 its pull along x_sigma is at most a quarter
+of the first term's at equal r (r / (1 + r)^2 of it for Jensen-Shannon), and cannot outweigh it. The log counts the
+samples for which this differs from the exact gradient (`pull/limited`).
 """
 
 from __future__ import annotations
