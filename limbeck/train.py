@@ -156,7 +156,8 @@ class Trainer:
         own = sum(len(batch.z) for batch in micro)
         count = micro[0].total or own
         states = {name: net for name, net in self.nets.items() if isinstance(net, State)}
-        before = {name: [buffer.clone() for buffer in net.buffers()] for name, net in states.items()}
+        alone = rank_and_world()[1] == 1
+        before = {} if alone else {name: [b.clone() for b in net.buffers()] for name, net in states.items()}
         key = "+".join(turn.players)
         scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
         losses: list[Tensor] = []

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import safetensors
-import safetensors.torch
 from torch import nn
 
 from limbeck import artifact, config
@@ -106,11 +104,7 @@ def load(weights: Path, card: Path, network: type[nn.Module] | None = None) -> D
         raise ValueError(f"{card}: the network is the caller's own class; give it with --network pkg.mod:Class")
     described = asdict(facts)
     described["network"] = facts.network if network is None else OWN + network.__name__
-    try:
-        tensors = safetensors.torch.load_file(str(weights))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{weights}: not a readable safetensors file ({error})") from None
     place = "network" if facts.preconditioning == "edm" else "model"
-    placed = {f"{place}.{name}": tensor for name, tensor in tensors.items()}
+    placed = {f"{place}.{name}": tensor for name, tensor in artifact.read_tensors(weights).items()}
     denoiser: Denoiser = artifact.rebuild(weights, "denoiser", described, placed, network)
     return denoiser
