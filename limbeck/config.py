@@ -161,7 +161,7 @@ class Recipe:
         generator: `file`, a generator to refine: its file, a run folder, or weights of the caller's class (--network)
             with a card; or network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`),
             with fresh weights; empty = the generator that the method builds from the template.
-        steps: length of the run; the default is shorter for methods whose step has more turns.
+        steps: length of the run; the default is that of the method, else 4,000.
         batch: samples of one turn.
         micro_batches: parts in which a turn's batch is computed, to save memory; under torchrun, each process's share;
             0 = as few as fit in the memory that is free when the run starts.

@@ -59,6 +59,7 @@ class SiDA:
     product: ClassVar[str] = "generator"
     needs_real: ClassVar[bool] = True
     warm_start: ClassVar[bool] = True
+    steps: ClassVar[int] = 5000
 
     alpha: float = 1.0
     levels: Law = field(default_factory=LogNormal)
