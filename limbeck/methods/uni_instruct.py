@@ -156,7 +156,8 @@ class UniInstruct:
         return made | (ratio if self.needs_real else {})
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return self._game.optimizers()
+        # its path term, unlike SiD's at alpha = 1, feels every lag of the fake score
+        return self._game.optimizers(generator=1.5e-4, fake=2e-3)
 
     def turns(self, step: int, images: int) -> Iterable[Turn]:
         return self._game.turns(self.loss, step, images)
