@@ -15,8 +15,9 @@ critic's loss          per pair, times EDM's weight at its level   the code: mea
                        (``weighting = "edm"``)                     weight
 adversarial loss       weight 1e-4, the code's ratio of 0.01 to    ``game.adversarial.weight``
                        100
-critic in the fake's   1e-2 beside the mean denoising loss         ``game.adversarial.critic``; the code: 1 / d
-turn
+critic in the fake's   3e-4 beside the mean denoising loss, the    ``game.adversarial.critic``; the code: 1 / d. At
+turn                   code's 1 / d on CIFAR-10                    1e-2 the critic takes the fake score's features, and
+                                                                   digits run away
 gates                  ``game.fake_first`` 100,000 images, then    as the code; 0 switches them off
                        ``game.adversarial.after`` 200,000
 ``alpha``              1, the paper's                              see ``sid``
@@ -65,7 +66,8 @@ class SiDA:
     levels: Law = field(default_factory=LogNormal)
     game: Game = field(
         default_factory=lambda: Game(
-            fake_first=100_000, adversarial=Adversarial(weight=1e-4, loss="bce", weighting="edm", after=200_000)
+            fake_first=100_000,
+            adversarial=Adversarial(weight=1e-4, critic=3e-4, loss="bce", weighting="edm", after=200_000),
         )
     )
 
