@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# of the demo: sid or pid
+METHOD ?= sid
 # two OpenMP pools on two cores slow each other down: tests run with one thread each
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint accept faults docs assets web-runtime clean
 
 demo: $(VENV)/.demo
-	OMP_NUM_THREADS=2 $(BIN)/limbeck distill recipes/digits-pid.toml --out runs/demo
+	OMP_NUM_THREADS=2 $(BIN)/limbeck distill recipes/digits-$(METHOD).toml --out runs/demo-$(METHOD)
 
 test: $(VENV)/.test lint
 	$(BIN)/pytest -q -n 2 --dist loadfile

@@ -23,9 +23,9 @@ def test_tables_are_those_of_the_results() -> None:
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert "steps=4000" in example
+    assert "steps=2000" in example
     monkeypatch.chdir(tmp_path)
-    short = example.replace("steps=4000", "steps=2, **{'evaluate.samples': 200, 'evaluate.teacher_steps': 3}")
+    short = example.replace("steps=2000", "steps=2, **{'evaluate.samples': 200, 'evaluate.teacher_steps': 3}")
     names: dict[str, object] = {}
     exec(compile(short, "README.md", "exec"), names)
     images = names["images"]

@@ -77,21 +77,27 @@ def test_the_checks_of_trend_and_time_can_fail() -> None:
     assert holds((2, 3), (1, 4)) == [True, False] and holds((2, 3), (3, 1)) == [False, True]
 
 
-def test_the_time_of_the_demo_is_that_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_measured_by_its_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
     accept, clock = tool("accept"), [0.0]
     makefile = (ROOT / "Makefile").read_text()
-    assert "limbeck distill recipes/digits-pid.toml --out runs/demo" in makefile
+    assert "METHOD ?= sid" in makefile and "distill recipes/digits-$(METHOD).toml --out runs/demo-$(METHOD)" in makefile
     monkeypatch.setattr(accept, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    for seconds in (200.0, 400.0):
+    for seconds, score in ((200.0, 0.08), (400.0, 0.09)):
 
-        def played(command: list[str], seconds: float = seconds, **keys: Any) -> None:
-            assert command[1:4] == ["-m", "limbeck", "distill"] and command[4].endswith("recipes/digits-pid.toml")
-            assert keys["check"] and keys["env"]["OMP_NUM_THREADS"] == "2" and not Path(command[6]).exists()
+        def played(command: list[str], seconds: float = seconds, score: float = score, **keys: Any) -> None:
+            assert command[1:4] == ["-m", "limbeck", "distill"] and command[4].endswith("recipes/digits-sid.toml")
+            out = Path(command[6])
+            assert keys["check"] and keys["env"]["OMP_NUM_THREADS"] == "2" and not out.exists()
+            out.mkdir()
+            scores = {"student": score, "teacher_scores": 0.07}
+            report = {who: {"metrics": {"fd_feature": value}} for who, value in scores.items()}
+            (out / "report.json").write_text(json.dumps(report))
             clock[0] += seconds
 
         monkeypatch.setattr(accept, "subprocess", SimpleNamespace(run=played))
-        result = accept.demo_time()
-        assert result["seconds"] == seconds and [good for _, good in result["checks"]] == [seconds < 360]
+        result = accept.first_minutes()
+        assert result["seconds"] == seconds
+        assert [good for _, good in result["checks"]] == [seconds < 300, score <= 1.2 * 0.07]
 
 
 # --- the range of taught teachers ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Make docs/digits.png: a student's samples beside its teacher's, from equal noise.
 
-python tools/picture.py runs/demo
+python tools/picture.py runs/demo-sid
 """
 
 import sys

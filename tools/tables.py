@@ -7,6 +7,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     cost      a part of results/cost.json
     faults    what `make faults` or `make accept` injected, and what became of it
     safety    what a run's safety takes of its time
+    tuned     a comparison over one key, of all variants
     refined   a GAN before and after its refinement
 """
 
@@ -23,9 +24,11 @@ from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
-    r"(<!-- (results|ledger|fields|cost|faults|safety|refined):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results|ledger|fields|cost|faults|safety|refined|tuned):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-HIDDEN = ("images", "seeds")  # said once above the table, if equal in all rows
+SPREADS = {"student": "spread", "images until": "images until, spread", "seconds until": "seconds until, spread"}
+COMMON = ("seeds", "images", "teacher", "floor", "euler")  # and floors of further metrics
+WHOLE = ("images until", "seconds until", "seconds")
 
 
 def main() -> int:
@@ -43,30 +46,70 @@ def main() -> int:
 
 
 def table(name: str) -> str:
-    """The Markdown table of results/NAME.json, with where it was measured."""
+    """The Markdown table of results/NAME.json, with where it was measured. What is equal in all rows is said once."""
     path = ROOT / "results" / f"{name}.json"
     if not path.is_file():
         return "*Not measured yet.*\n"
     result = json.loads(path.read_text())
-    rows = [{key: value for key, value in row.items() if value is not None} for row in result["summary"]]
-    missing = result.get("missing", [])
-    hidden = [key for key in HIDDEN if len({row[key] for row in rows}) == 1]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
-    seeds, images = rows[0]["seeds"], rows[0]["images"]
-    facts = {"seeds": f"{seeds} seed{'s' if seeds > 1 else ''}", "images": f"{images:,} images"}
+    missing, rows = result.get("missing", []), [spelled(row) for row in result["summary"]]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    shared = [
+        key
+        for key in keys
+        if (key in COMMON or key.endswith(" floor")) and len(rows) > 1 and len({row.get(key) for row in rows}) == 1
+    ]
+    shared += [key for key in ("seeds", "images") if len(rows) == 1]
+    seeds = f"{rows[0]['seeds']} seed{'s' * (rows[0]['seeds'] != '1')}"
+    facts = [seeds if key == "seeds" else f"{key} {rows[0][key]}" for key in shared if key in rows[0]]
+    keys = [key for key in keys if key not in shared]
     return "\n".join(
         [
-            f"{', '.join([result['metric'], *(facts[key] for key in ('seeds', 'images') if key in hidden)])}:",
+            f"{', '.join([result['metric'], *facts])}:",
             "",
             line(keys),
             line(["---"] * len(keys)),
-            *(line([cell(row.get(key)) for key in keys]) for row in rows),
+            *(line([row.get(key, "-") for key in keys]) for row in rows),
             "",
             *([f"{len(missing)} of {len(missing) + len(result['rows'])} runs are missing.", ""] if missing else []),
             f"*{origin(result)}.*",
             "",
         ]
     )
+
+
+def tuned(name: str) -> str:
+    """The table of a comparison whose grid is one key: a row by variant, a column by value, the best in bold."""
+    path = ROOT / "results" / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text())
+    (axis,) = result["grid"]["grid"]
+    found: dict[str, dict[float, float]] = {}
+    for row in result["summary"]:
+        found.setdefault(row["variant"], {})[row[axis]] = row["student"]
+    values = sorted({value for scores in found.values() for value in scores})
+    rows = [
+        line([name, *(f"**{cell(v)}**" if v == min(s.values()) else cell(v) for v in map(s.get, values))])
+        for name, s in found.items()
+    ]
+    head = f"{result['metric']}, by {axis}:"
+    heads = [line(["", *map(str, values)]), line(["---"] * (len(values) + 1))]
+    return "\n".join([head, "", *heads, *rows, "", f"*{origin(result)}.*", ""])
+
+
+def spelled(row: dict[str, Any]) -> dict[str, str]:
+    """The cells of a summary's row: means with their spread, counts with thousands."""
+    told: dict[str, str] = {}
+    for key, value in row.items():
+        spread = SPREADS.get(key, f"{key} spread")
+        if value is None or key.endswith("spread"):
+            continue
+        told[key] = f"{value:,}" if isinstance(value, int) else cell(value)
+        if isinstance(row.get(spread), float):
+            told[key] = f"{cell(value)} ± {row[spread]:.2g}"
+        if key in WHOLE:
+            told[key] = f"{value:,.0f}"
+    return told
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -234,7 +277,7 @@ def refined(name: str) -> str:
 
 KINDS = {
     "results": table, "ledger": ledger, "fields": fields, "cost": cost, "faults": injected,
-    "safety": safety, "refined": refined,
+    "safety": safety, "refined": refined, "tuned": tuned,
 }  # fmt: skip
 
 
