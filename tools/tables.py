@@ -8,6 +8,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     faults    what `make faults` or `make accept` injected, and what became of it
     safety    what a run's safety takes of its time
     tuned     a comparison over one key, of all variants
+    measured  a method's rows in the comparisons of all methods
     refined   a GAN before and after its refinement
 """
 
@@ -24,7 +25,8 @@ from limbeck import methods
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
-    r"(<!-- (results|ledger|fields|cost|faults|safety|refined|tuned):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results|ledger|fields|cost|faults|safety|refined|tuned|measured):([\w-]+) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 SPREADS = {"student": "spread", "images until": "images until, spread", "seconds until": "seconds until, spread"}
 COMMON = ("seeds", "images", "teacher", "floor", "euler")  # and floors of further metrics
@@ -95,6 +97,23 @@ def tuned(name: str) -> str:
     head = f"{result['metric']}, by {axis}:"
     heads = [line(["", *map(str, values)]), line(["---"] * (len(values) + 1))]
     return "\n".join([head, "", *heads, *rows, "", f"*{origin(result)}.*", ""])
+
+
+def measured(method: str) -> str:
+    """The Markdown table of a method's rows in the comparisons of all methods."""
+    rows = []
+    for path in sorted((ROOT / "results").glob("methods-*.json")):
+        result = json.loads(path.read_text())
+        for row in result["summary"]:
+            if row["variant"].split()[0] == method:
+                told = spelled(row)
+                place = f"[{path.stem.removeprefix('methods-')}]({'../' * (method != 'pid')}score-family.md#measured)"
+                cells = (told[key] for key in ("student", "teacher", "images", "seconds"))
+                rows.append(line([place, row["variant"], result["metric"], *cells]))
+    if not rows:
+        return "*Not measured yet.*\n"
+    heads = ["teacher", "variant", "score", "student, 1 call", "teacher, 35 calls", "images", "seconds"]
+    return "\n".join([line(heads), line(["---"] * len(heads)), *rows, ""])
 
 
 def spelled(row: dict[str, Any]) -> dict[str, str]:
@@ -277,7 +296,7 @@ def refined(name: str) -> str:
 
 KINDS = {
     "results": table, "ledger": ledger, "fields": fields, "cost": cost, "faults": injected,
-    "safety": safety, "refined": refined, "tuned": tuned,
+    "safety": safety, "refined": refined, "tuned": tuned, "measured": measured,
 }  # fmt: skip
 
 
