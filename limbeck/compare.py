@@ -98,7 +98,7 @@ def compare(
         _play_all([(recipe, out / name, name) for name, _, recipe in chosen], workers, tell)
     made: dict[str, dict[str, Any]] = {}
     solved: dict[str, dict[str, float]] = {}
-    watched: dict[str, float] = {}
+    watched: dict[str, dict[str, float]] = {}
     for number, (name, settings, recipe) in enumerate(chosen, 1):
         tell(f"[{number}/{len(chosen)}] {name}")
         told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
@@ -108,10 +108,13 @@ def compare(
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
-        if "target" in grid:
+        if row.get("history") and "teacher_scores" in row:
             key = json.dumps([recipe.teacher, config.plain(recipe.evaluate)])
-            watched[key] = watched.get(key) or _teachers_watched(recipe, judges[name])[metrics[0]]
-            row["reached"] = reached(row.get("history", []), metrics[0], grid["target"] * watched[key])
+            watched[key] = watched.get(key) or _teachers_watched(recipe, judges[name])
+            row["history"] = levelled(row["history"], watched[key], row["teacher_scores"]["metrics"])
+        if "target" in grid:
+            level = grid["target"] * row["teacher_scores"]["metrics"][metrics[0]]
+            row["reached"] = reached(row.get("history", []), metrics[0], level)
         made[name] = row
     rows = [(earlier | made)[name] for name, _, _ in cells if name in earlier or name in made]
     result = {
@@ -303,6 +306,14 @@ def _teachers_watched(recipe: Recipe, judge: Judge) -> dict[str, float]:
     return summary.watched(teachers.load(recipe.teacher or ""), judge, recipe.evaluate)
 
 
+def levelled(
+    history: Sequence[Mapping[str, Any]], watched: Mapping[str, float], final: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """What was watched, without what its few samples add: as much as they add to the teacher's final scores."""
+    more = {name: watched[name] - final[name] for name in watched if name in final}
+    return [{**row, "metrics": {k: v - more.get(k, 0.0) for k, v in row["metrics"].items()}} for row in history]
+
+
 def reached(history: Sequence[Mapping[str, Any]], metric: str, level: float) -> dict[str, float] | None:
     """Images and seconds at the first watched step at or below `level`; None if there is none."""
     for row in history:
@@ -416,7 +427,7 @@ def page(result: Mapping[str, Any]) -> str:
     for name, over in itertools.product((metric, *grid.get("also", [])), ("images", "seconds")):
         series = history(result["rows"], name, over)
         if series:
-            text = "Means over seeds, on the noise and the fresh samples that watch a run."
+            text = "Means over seeds, of few samples, less what as few add to the teacher's score."
             lines = {"teacher": teachers_scores[name]} if name in teachers_scores else {}
             values = [y for points in series.values() for _, y in points]
             decades = min(values) > 0 and max(values) > 5 * min(values)

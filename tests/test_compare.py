@@ -113,6 +113,12 @@ def test_the_target_is_where_a_run_first_comes_near_its_teacher(tmp_path: Path, 
         assert row["images until"] == (3 * tiny["batch"] if target > 1 else None)
 
 
+def test_what_few_samples_add_is_taken_off() -> None:
+    rows = [{"images": 1, "metrics": {"fd": 3.0, "recall": 0.5, "other": 7.0}}]
+    (row,) = compare.levelled(rows, {"fd": 2.5, "recall": 0.7}, {"fd": 1.0, "recall": 0.75, "c2st": 0.5})
+    assert row == {"images": 1, "metrics": {"fd": 1.5, "recall": pytest.approx(0.55), "other": 7.0}}
+
+
 def test_the_power_of_images_is_that_of_a_power_law() -> None:
     points = [(float(x), 3 * x**-0.7) for x in (10, 200, 5000)]
     assert compare.power(points) == pytest.approx(-0.7, abs=1e-12)
