@@ -31,7 +31,8 @@ def draw(name: str) -> None:
         panel.axhline(teacher["metrics"][metric], color="black", linewidth=1, linestyle=":")
         panel.set(xscale="log", yscale="log", xlabel=over if over == "images" else "seconds of one core")
         panel.yaxis.set_major_formatter(ScalarFormatter())
-        panel.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.25, which="both")
     panels[0].set_ylabel(metric)
     panels[0].text(0.01, teacher["metrics"][metric], f"teacher, {teacher['nfe']} calls", va="bottom", fontsize=8,
