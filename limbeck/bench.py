@@ -289,7 +289,6 @@ def bench(
             "graph_mib": round(kept.peak / 2**20, 2),
             "step_mib": round(watch.top / 2**20, 2),
         }
-    times: dict[str, list[float]] = {name: [] for name in sides}
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     peaks = [matmul_peak()]
     for number in range(repeats):
@@ -299,10 +298,10 @@ def bench(
             with Meter(trainer) as meter:
                 for _ in range(steps):
                     trainer.advance(source)
-            times[name].append(sum(meter.seconds.values()) / steps)
             parts[name].append({key: value / steps for key, value in meter.seconds.items()})
         peaks.append(matmul_peak())
     peak = statistics.median(peaks)
+    times = {name: [sum(each.values()) for each in repeated] for name, repeated in parts.items()}
     for name, recipe in recipes.items():
         seconds = statistics.median(times[name])
         middle = parts[name][times[name].index(statistics.median_low(times[name]))]

@@ -108,7 +108,7 @@ def compare(
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
-        if row.get("history") and "teacher_scores" in row:
+        if row.get("history"):
             key = json.dumps([recipe.teacher, config.plain(recipe.evaluate)])
             watched[key] = watched.get(key) or _teachers_watched(recipe, judges[name])
             row["history"] = levelled(row["history"], watched[key], row["teacher_scores"]["metrics"])

@@ -28,7 +28,7 @@ from limbeck.generator import Generator
 from limbeck.objective import Batch, Objective, State, Turn
 from limbeck.optimizer import Optimizer
 from limbeck.passes import Overflow, Passes, Precision, Scaler
-from limbeck.randomness import reseed, seed_of
+from limbeck.randomness import reseed
 
 Source = Callable[[int, int], Iterable[Batch]]
 
@@ -93,7 +93,7 @@ class Trainer:
         self.objective, self.seed, self.steps, self.clip = objective, seed, steps, clip
         self.teacher = teacher.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(seed, "players"))
+            reseed(seed, "players")
             self.nets = nn.ModuleDict(objective.players(template, generator))
         self.nets.eval().requires_grad_(False)
         settings = {**objective.optimizers(), **(optimizer or {})}

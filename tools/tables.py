@@ -30,6 +30,7 @@ BLOCK = re.compile(
 )
 SPREADS = {"student": "spread", "images until": "images until, spread", "seconds until": "seconds until, spread"}
 COMMON = ("seeds", "images", "teacher", "floor", "euler")  # and floors of further metrics
+BAR = "\\|"  # within a cell
 WHOLE = ("images until", "seconds until", "seconds")
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     stale = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text()
-        fresh = BLOCK.sub(lambda block: block[1] + KINDS[block[2]](block[3]) + block[4], text)
+        fresh = BLOCK.sub(lambda block: block[1] + content(block[2], block[3]) + block[4], text)
         if fresh != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:
@@ -47,12 +48,23 @@ def main() -> int:
     return 1 if stale and "--check" in sys.argv else 0
 
 
+def content(kind: str, name: str) -> str:
+    """What stands in a block, or that its result is missing."""
+    try:
+        return KINDS[kind](name)
+    except FileNotFoundError:
+        return "*Not measured yet.*\n"
+
+
+def stored(name: str) -> dict[str, Any]:
+    """results/NAME.json."""
+    result: dict[str, Any] = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return result
+
+
 def table(name: str) -> str:
     """The Markdown table of results/NAME.json, with where it was measured. What is equal in all rows is said once."""
-    path = ROOT / "results" / f"{name}.json"
-    if not path.is_file():
-        return "*Not measured yet.*\n"
-    result = json.loads(path.read_text())
+    result = stored(name)
     missing, rows = result.get("missing", []), [spelled(row) for row in result["summary"]]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shared = [
@@ -81,10 +93,7 @@ def table(name: str) -> str:
 
 def tuned(name: str) -> str:
     """The table of a comparison whose grid is one key: a row by variant, a column by value, the best in bold."""
-    path = ROOT / "results" / f"{name}.json"
-    if not path.is_file():
-        return "*Not measured yet.*\n"
-    result = json.loads(path.read_text())
+    result = stored(name)
     (axis,) = result["grid"]["grid"]
     found: dict[str, dict[float, float]] = {}
     for row in result["summary"]:
@@ -154,7 +163,7 @@ def ledger(method: str) -> str:
             rows.append(cells)
         else:  # a row goes on until the next one that names something and says something
             rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)]
-    rows = [[cell.replace("``", "`").replace("|", "\\|") for cell in row] for row in rows]
+    rows = [[cell.replace("``", "`") for cell in row] for row in rows]
     return "\n".join([line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:]), ""])
 
 
@@ -173,10 +182,7 @@ def fields(method: str) -> str:
 
 def cost(part: str) -> str:
     """The Markdown tables of what `tools/cost.py` measured."""
-    path = ROOT / "results" / "cost.json"
-    if not path.is_file():
-        return "*Not measured yet.*\n"
-    told = json.loads(path.read_text())
+    told = stored("cost")
     if part != "other" and part not in told:
         return "*Not measured yet.*\n"
     if part == "other":
@@ -240,7 +246,7 @@ def default_of(cls: type, name: str) -> Any:
 
 
 def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(text.replace('|', BAR) for text in cells)} |"
 
 
 def cell(value: Any) -> str:
@@ -251,10 +257,7 @@ def cell(value: Any) -> str:
 
 def injected(name: str) -> str:
     """The Markdown table of results/NAME.json as tools/faults.py writes it."""
-    path = ROOT / "results" / f"{name}.json"
-    if not path.is_file():
-        return "*Not measured yet.*\n"
-    result = json.loads(path.read_text())
+    result = stored(name)
     heads = {
         "fault": "fault", "injected": "injected", "continued": "runs that went on", "lost": "steps lost at most",
         "wrong": "wrong results", "tracebacks": "tracebacks", "executed": "code executed",
@@ -266,20 +269,14 @@ def injected(name: str) -> str:
 
 def safety(name: str) -> str:
     """A sentence on results/NAME.json as tools/accept.py writes it."""
-    path = ROOT / "results" / f"{name}.json"
-    if not path.is_file():
-        return "*Not measured yet.*\n"
-    result = json.loads(path.read_text())
+    result = stored(name)
     parts = ", ".join(f"{what} {100 * s / result['seconds']:.2f}%" for what, s in result["spent"].items())
     return f"Of the demo's processor time: {100 * result['share']:.2f}% ({parts}).\n\n*{origin(result)}.*\n"
 
 
 def refined(name: str) -> str:
     """The Markdown table of results/NAME.json: a GAN, and what was made of it."""
-    path = ROOT / "results" / f"{name}.json"
-    if not path.is_file():
-        return "*Not measured yet.*\n"
-    result = json.loads(path.read_text())
+    result = stored(name)
     metrics = ("fd_feature", "precision", "recall", "class_accuracy")
     rows = [line(["", *metrics, "spread of fd_feature", "images", "seconds"]), line(["---"] * (len(metrics) + 4))]
     for row in result["rows"]:

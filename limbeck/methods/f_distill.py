@@ -59,7 +59,7 @@ class FDistill:
     product: ClassVar[str] = "generator"
     needs_real: ClassVar[bool] = True
     warm_start: ClassVar[bool] = True
-    steps: ClassVar[int] = 3000
+    steps: ClassVar[int] = 3000  # of three turns each
 
     divergence: str = "jensen_shannon"
     levels: Law = field(default_factory=LogNormal)

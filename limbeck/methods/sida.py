@@ -15,8 +15,8 @@ critic's loss          per pair, times EDM's weight at its level   the code: mea
                        (``weighting = "edm"``)                     weight
 adversarial loss       weight 1e-4, the code's ratio of 0.01 to    ``game.adversarial.weight``
                        100
-critic in the fake's   3e-4 beside the mean denoising loss, the    ``game.adversarial.critic``; the code: 1 / d. At
-turn                   code's 1 / d on CIFAR-10                    1e-2 the critic takes the fake score's features, and
+critic's share         3e-4 beside the mean denoising loss of the  ``game.adversarial.critic``; the code: 1 / d. At
+                       fake's turn: 1 / d on CIFAR-10              1e-2 the critic takes the fake score's features, and
                                                                    digits run away
 gates                  ``game.fake_first`` 100,000 images, then    as the code; 0 switches them off
                        ``game.adversarial.after`` 200,000
@@ -60,7 +60,7 @@ class SiDA:
     product: ClassVar[str] = "generator"
     needs_real: ClassVar[bool] = True
     warm_start: ClassVar[bool] = True
-    steps: ClassVar[int] = 5000
+    steps: ClassVar[int] = 5000  # its critic counts late
 
     alpha: float = 1.0
     levels: Law = field(default_factory=LogNormal)

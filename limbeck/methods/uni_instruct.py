@@ -19,7 +19,7 @@ switch                 default                                     what else
 ratio                  exp(logit) with its graph to x_sigma,       the code's ratio is L / (L - 1) of a loss L in the
                        at most E_fake[r] = 1 in bins of u          hundreds; ``as_released`` leaves that 1 and detaches
 ``pull_limit``         |D_fake - D_real|^2 / sigma^2 in the third  inf: the exact gradient, which flees from the data
-                       term counts up to 1                         where a critic lags (below)
+                       term counts up to 1                         where a critic lags
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
 ``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
                                                                    ``sida``
@@ -115,7 +115,7 @@ class UniInstruct:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
     warm_start: ClassVar[bool] = True
-    steps: ClassVar[int] = 5000
+    steps: ClassVar[int] = 5000  # its critic counts late
 
     divergence: str = "jensen_shannon"
     as_released: bool = False
