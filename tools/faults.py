@@ -148,6 +148,7 @@ class Child:
 def start(out: Path, method: str, spoil: Callable[[], None] = lambda: None, said: Path | None = None) -> Child:
     """Fork a child that distils ring8 by `method` in `out` and speaks to `said`; `spoil` runs in it before."""
     output, (ours, theirs) = said or out.with_suffix(".txt"), os.pipe()
+    output.write_text("")  # a child that is killed at once has said nothing
     pid = os.fork()
     if pid:
         os.close(theirs)
