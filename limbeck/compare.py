@@ -43,7 +43,7 @@ from typing import Any
 
 from torch import Tensor
 
-from limbeck import config, folder, methods, report, run, summary, teachers
+from limbeck import config, folder, loop, methods, report, run, summary, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge, measure
@@ -99,9 +99,14 @@ def compare(
     made: dict[str, dict[str, Any]] = {}
     solved: dict[str, dict[str, float]] = {}
     watched: dict[str, dict[str, float]] = {}
+    recipes = {name: recipe for name, _, recipe in cells}
+    anchors = {_anchor(recipes[name], row["hashes"]): row["teacher_scores"] for name, row in earlier.items()}
     for number, (name, settings, recipe) in enumerate(chosen, 1):
         tell(f"[{number}/{len(chosen)}] {name}")
-        told = run.run_distillation(recipe, out / name, tell, judge=judges[name])
+        job = run.distillation(recipe, out / name, tell, judge=judges[name])
+        anchor = _anchor(recipe, {"teacher": job.identity, **judges[name].hashes()})
+        told = loop.run(dataclasses.replace(job, teacher_scores=anchors.get(anchor)), tell)
+        anchors[anchor] = told["teacher_scores"]
         row: dict[str, Any] = {"name": name, "settings": settings, "recipe": _key(recipe)}
         row |= {key: told[key] for key in KEPT if key in told}
         if grid.get("euler"):
@@ -137,6 +142,12 @@ def compare(
 def _key(recipe: Recipe) -> str:
     """What tells whether two cells are the same run."""
     return hashlib.sha256(json.dumps(config.to_table(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def _anchor(recipe: Recipe, hashes: Mapping[str, str]) -> str:
+    """What a teacher's scores depend on, from what its run was made of."""
+    made = {key: value for key, value in hashes.items() if key not in ("generator", "given")}
+    return json.dumps([config.plain(recipe.evaluate), made], sort_keys=True)
 
 
 def _earlier(

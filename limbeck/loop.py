@@ -71,6 +71,7 @@ class Job:
     held_out: data.Data | None = None  # what a classifier is scored on
     given: str = ""  # fingerprint of a given generator
     parts: int = 1  # micro-batches
+    teacher_scores: dict[str, Any] | None = None  # where they are known already: they take minutes
 
     @property
     def origin(self) -> str:

@@ -219,7 +219,7 @@ def compare(job: Job, model: nn.Module, best: Best | None) -> dict[str, Any]:
         told["best"] = {**dataclasses.asdict(best), **dataclasses.asdict(_scores(job, chosen))}
         told["best"]["sha256"] = artifact.fingerprint(chosen)
     if job.recipe.teacher is not None:
-        told["teacher_scores"] = dataclasses.asdict(_scores(job, job.trainer.teacher))
+        told["teacher_scores"] = job.teacher_scores or dataclasses.asdict(_scores(job, job.trainer.teacher))
     return told | truths(job.judge, settings.samples)
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
-from limbeck import artifact, cli, compare, config
+from limbeck import artifact, cli, compare, config, summary
+from limbeck.evaluate import Scores
+from limbeck.loop import Job
 
 STUDIES = Path(__file__).parent.parent / "studies"
 HERE = Path("study.toml")
@@ -194,6 +197,36 @@ def test_a_comparison_in_parts_is_the_whole(
     assert cli.main(["compare", "study.toml", "--out", "four", "--only", "sid*"]) == 2
     assert "only: no cell is called like 'sid*'; the first is seed_0" in capsys.readouterr().err
     assert not Path("four").exists()
+
+
+def test_a_teacher_is_scored_once(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[str] = []
+    score = summary._scores
+
+    def told(job: Job, model: nn.Module) -> Scores:
+        scored.append(type(model).__name__)
+        return score(job, model)
+
+    monkeypatch.setattr(summary, "_scores", told)
+    study = tmp_path / "study.toml"
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny}
+
+    def teachers_scored(name: str, base: dict[str, Any], known: Path | None = None) -> tuple[int, list[Any]]:
+        scored.clear()
+        study.write_text(config.dump_toml({"metric": "mmd", "base": base, "grid": {"seed": [0, 1]}}))
+        result = compare.compare(study, tmp_path / name, lambda line: None, known=known)
+        return scored.count("Mixture"), [row["teacher_scores"]["metrics"] for row in result["rows"]]
+
+    count, whole = teachers_scored("one", base)
+    assert count == 1 and whole[0] == whole[1]
+    known = tmp_path / "one" / "comparison.json"
+    assert teachers_scored("two", {**base, "steps": base["steps"] + 1}, known)[0] == 1  # no row is taken over
+    (tmp_path / "half.json").write_text(json.dumps({**json.loads(known.read_text()), "rows": [
+        row for row in json.loads(known.read_text())["rows"] if row["name"] == "seed_0"
+    ]}))  # fmt: skip
+    assert teachers_scored("three", base, tmp_path / "half.json") == (0, whole)
+    count, other = teachers_scored("four", {**base, "evaluate": {**base["evaluate"], "seed": 5}})
+    assert count == 1 and other[0] != whole[0]
 
 
 def test_workers_make_what_one_process_makes(tmp_path: Path, tiny: dict[str, Any]) -> None:
