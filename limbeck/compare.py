@@ -114,9 +114,8 @@ def compare(
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
         if row.get("history"):
-            key = json.dumps([recipe.teacher, config.plain(recipe.evaluate)])
-            watched[key] = watched.get(key) or _teachers_watched(recipe, judges[name])
-            row["history"] = levelled(row["history"], watched[key], row["teacher_scores"]["metrics"])
+            watched[anchor] = watched.get(anchor) or _teachers_watched(recipe, judges[name])
+            row["history"] = levelled(row["history"], watched[anchor], row["teacher_scores"]["metrics"])
         if "target" in grid:
             level = grid["target"] * row["teacher_scores"]["metrics"][metrics[0]]
             row["reached"] = reached(row.get("history", []), metrics[0], level)
