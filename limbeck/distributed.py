@@ -5,6 +5,7 @@ The exchange is of plain tensors only: torch's object collectives pickle.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ def rank_and_world() -> tuple[int, int]:
     if not distributed.is_initialized():
         with _alive():
             distributed.init_process_group("cpu:gloo,cuda:nccl" if _nccl() else "gloo", timeout=_timeout())
+        # gloo's threads may still hold the last exchange's tensors, and abort a process that ends around them
+        atexit.register(distributed.destroy_process_group)
     return distributed.get_rank(), world
 
 

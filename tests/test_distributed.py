@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,6 +186,23 @@ def test_sampling_is_shared_by_the_processes(tmp_path: Path) -> None:
     one, two = (np.load(tmp_path / name) for name in ("one.npz", "two.npz"))
     assert np.array_equal(one["y"], two["y"]) and len({*one["y"]}) > 1
     assert np.abs(one["x"].astype(int) - two["x"].astype(int)).max() <= 1  # of 8 bits
+
+
+def test_processes_end_well_right_after_an_exchange(tmp_path: Path) -> None:
+    """Four pairs: every second one aborted when the process group was left to the interpreter's end."""
+    code = "import torch; from limbeck import distributed; distributed.gather({'x': torch.ones(1_000_000)})"
+    jobs = []
+    for _ in range(4):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for rank in range(2):
+            place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **place}
+            jobs.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment))
+    for job in jobs:
+        _, error = job.communicate(timeout=100)
+        assert job.returncode == 0, error
 
 
 def _text(path: Path) -> str:
