@@ -8,6 +8,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     faults    what `make faults` or `make accept` injected, and what became of it
     safety    what a run's safety takes of its time
     tuned     a comparison over one key, of all variants
+    switches  a comparison of variants "NAME" and "NAME + SWITCH": images until what NAME scores at its end
     measured  a method's rows in the comparisons of all methods
     refined   a GAN before and after its refinement
 """
@@ -16,18 +17,16 @@ import dataclasses
 import inspect
 import json
 import re
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck import methods
+from limbeck import compare, methods
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(
-    r"(<!-- (results|ledger|fields|cost|faults|safety|refined|tuned|measured):([\w-]+) -->\n).*?(<!-- end -->)",
-    re.DOTALL,
-)
+BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SPREADS = {"student": "spread", "images until": "images until, spread", "seconds until": "seconds until, spread"}
 COMMON = ("seeds", "images", "teacher", "floor", "euler")  # and floors of further metrics
 BAR = "\\|"  # within a cell
@@ -65,7 +64,7 @@ def stored(name: str) -> dict[str, Any]:
 def table(name: str) -> str:
     """The Markdown table of results/NAME.json, with where it was measured. What is equal in all rows is said once."""
     result = stored(name)
-    missing, rows = result.get("missing", []), [spelled(row) for row in result["summary"]]
+    rows = [spelled(row) for row in result["summary"]]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     shared = [
         key
@@ -84,7 +83,7 @@ def table(name: str) -> str:
             line(["---"] * len(keys)),
             *(line([row.get(key, "-") for key in keys]) for row in rows),
             "",
-            *([f"{len(missing)} of {len(missing) + len(result['rows'])} runs are missing.", ""] if missing else []),
+            *lacking(result),
             f"*{origin(result)}.*",
             "",
         ]
@@ -106,6 +105,42 @@ def tuned(name: str) -> str:
     head = f"{result['metric']}, by {axis}:"
     heads = [line(["", *map(str, values)]), line(["---"] * (len(values) + 1))]
     return "\n".join([head, "", *heads, *rows, "", f"*{origin(result)}.*", ""])
+
+
+def switches(name: str) -> str:
+    """The table of a comparison of switches, each alone: what it scores, and the images until the base's own quality.
+
+    That quality is 1.05 times the mean of the base's final scores; what the base itself needs for it is counted alike.
+    """
+    result = stored(name)
+    metric = result["metric"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["settings"]["variant"], []).append(row)
+    rows = []
+    for variant, group in found.items():
+        base = found[variant.split(" + ")[0]]
+        level = 1.05 * statistics.fmean(row["student"]["metrics"][metric] for row in base)
+        needs, until = (images_until(runs, metric, level) for runs in (base, group))
+        scores = [row["student"]["metrics"][metric] for row in group]
+        cells = [variant, around(scores, cell), f"{group[0]['images']:,}", f"{len(until)} of {len(group)}", "-", "-"]
+        if needs and len(until) == len(group):
+            cells[-2:] = around(until, "{:,.0f}".format), f"{statistics.fmean(needs) / statistics.fmean(until):.2f}"
+        rows.append(line(cells))
+    heads = ["variant", metric, "images in all", "reached the base's", "images until", "times fewer"]
+    return "\n".join([line(heads), line(["---"] * len(heads)), *rows, "", *lacking(result), f"*{origin(result)}.*", ""])
+
+
+def images_until(group: list[dict[str, Any]], metric: str, level: float) -> list[float]:
+    """Images at the first watched step at or below a score, of the seeds that came there."""
+    found = (compare.reached(row.get("history", []), metric, level) for row in group)
+    return [at["images"] for at in found if at is not None]
+
+
+def around(values: list[float], text: Callable[[float], str]) -> str:
+    """Mean and, of several values, their standard deviation."""
+    spread = f" ± {text(statistics.stdev(values))}" if len(values) > 1 else ""
+    return f"{text(statistics.fmean(values))}{spread}"
 
 
 def measured(method: str) -> str:
@@ -138,6 +173,12 @@ def spelled(row: dict[str, Any]) -> dict[str, str]:
         if key in WHOLE:
             told[key] = f"{value:,.0f}"
     return told
+
+
+def lacking(result: dict[str, Any]) -> list[str]:
+    """A paragraph on runs that are still to be made."""
+    missing = result.get("missing", [])
+    return [f"{len(missing)} of {len(missing) + len(result['rows'])} runs are missing.", ""] if missing else []
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -293,7 +334,7 @@ def refined(name: str) -> str:
 
 KINDS = {
     "results": table, "ledger": ledger, "fields": fields, "cost": cost, "faults": injected,
-    "safety": safety, "refined": refined, "tuned": tuned, "measured": measured,
+    "safety": safety, "refined": refined, "tuned": tuned, "switches": switches, "measured": measured,
 }  # fmt: skip
 
 
