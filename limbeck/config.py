@@ -313,6 +313,8 @@ def resolve(table: Mapping[str, Any], known: Mapping[str, type], foreign: bool =
 def resolve_method(value: Any, known: Mapping[str, type], foreign: bool = False) -> Any:
     """An objective from {"name": ..., fields}, or as it is if it already is one."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value) in known.values():
+            validate(type(value), plain(value), "method")  # its constructor does not look at every field
         return value
     fields = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     name = fields.pop("name", None)

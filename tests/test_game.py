@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from test_uni_instruct import HAS_PULL, TABLE
 from torch import Tensor, nn
 
 from limbeck import unification
@@ -35,7 +36,7 @@ from limbeck.methods.sds import SDS
 from limbeck.methods.sid import SiD
 from limbeck.methods.sida import SiDA
 from limbeck.methods.sim import SIM
-from limbeck.methods.uni_instruct import UniInstruct
+from limbeck.methods.uni_instruct import UniInstruct, released_ratio
 from limbeck.networks.mlp import MLP
 from limbeck.noise import LogNormal
 from limbeck.objective import Batch, Pairs
@@ -145,6 +146,89 @@ def test_before_its_gate_uni_instruct_is_the_reverse_kl(name: str) -> None:
     nets = players(method, start)
     h = float(DIVERGENCES[name].h(torch.ones(())))
     same(slope(method, nets, feed, judged=False), h * slope(UniInstruct(divergence="reverse_kl"), nets, feed))
+
+
+def shown(method: UniInstruct | FDistill, game: Game, nets: nn.ModuleDict, feed: Batch) -> dict[str, Tensor]:
+    """What a step shows a loss with a critic; r = exp(logit), over its mean where that is above 1, with its graph."""
+    view = game.view(nets, LAW, feed, method.levels)
+    assert view.logits is not None
+    mean = nets["ratio"].mean[(feed.u * method.ratio_bins).long()]
+    normalizer = 1 / ((view.x - view.real) / LAW.unit).abs().mean(1).detach()
+    adversarial = 0.3 * 2 * nn.functional.softplus(-view.logits)
+    return {
+        "x": view.x, "noisy": view.noisy, "sigma": view.sigma, "fake": view.fake, "real": view.real, "w": normalizer,
+        "r": view.logits.exp() / mean.clamp(min=1), "adversarial": adversarial, "logits": view.logits,
+    }  # fmt: skip
+
+
+def in_parameters(loss: Tensor, nets: nn.ModuleDict) -> Tensor:
+    grads = torch.autograd.grad(loss.sum(), list(nets["generator"].parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def with_ratio(method: Any) -> nn.ModuleDict:
+    nets = players(method, template())
+    nets["ratio"].mean.copy_(torch.linspace(0.4, 2.5, method.ratio_bins, dtype=torch.float64))
+    return nets
+
+
+@pytest.mark.parametrize("limit", [0.02, math.inf])
+@pytest.mark.parametrize("name", TABLE)
+def test_a_step_of_uni_instruct_has_the_exact_terms(name: str, limit: float) -> None:
+    """Past its gate: h with the critic's graph, the path term, the pull up to its limit, SiD's normaliser over all."""
+    game, row, feed = Game(adversarial=Adversarial(weight=0.3)), TABLE[name], batch()
+    method = UniInstruct(divergence=name, pull_limit=limit, game=game)
+    nets = with_ratio(method)
+    v = shown(method, game, nets, feed)
+    delta = v["fake"] - v["real"]
+    squares = (delta**2).sum(1)
+    force = ((row.pull(v["r"]) * (squares / v["sigma"] ** 2).clamp(max=limit))[:, None] * delta).detach()
+
+    def loss(r: Tensor, force: Tensor) -> Tensor:
+        first = -row.score(r) * (delta * (v["fake"] - v["x"])).sum(1)
+        terms = first + row.path(r).detach() * squares + (force * v["noisy"]).sum(1)
+        return v["w"] * (terms / LAW.unit**2 + v["adversarial"])
+
+    torch.testing.assert_close(method.loss(nets, LAW, feed), loss(v["r"], force), rtol=1e-12, atol=1e-12)
+    truth = slope(method, nets, feed)
+    same(in_parameters(loss(v["r"], force), nets), truth, 1e-11)
+    for wrong, matters in (
+        (loss(v["r"].detach(), force), name != "reverse_kl"),
+        (loss(v["r"], 0 * force), name in HAS_PULL),
+        (loss(v["r"], force) + (1 - v["w"]) * v["adversarial"], True),
+    ):
+        assert ((in_parameters(wrong, nets) - truth).norm() > 1e-5 * truth.norm()) == matters
+    assert nets["pull"].told()["limited"] == (squares > limit * v["sigma"] ** 2).sum() * 2  # two calls
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_step_of_f_distill_is_weighted_by_h(name: str) -> None:
+    game, feed = Game(adversarial=Adversarial(weight=0.3)), batch()
+    method = FDistill(divergence=name, game=game)
+    nets = with_ratio(method)
+    v = shown(method, game, nets, feed)
+    h = TABLE[name].score(v["r"]) / 2
+    pull = ((v["w"] * h)[:, None] * (v["fake"] - v["real"])).detach()
+    loss = (pull * v["x"]).sum(1) / LAW.unit**2 + v["adversarial"]
+    torch.testing.assert_close(method.loss(nets, LAW, feed), loss, rtol=1e-12, atol=1e-12)
+    same(in_parameters(loss, nets), slope(method, nets, feed), 1e-11)
+
+
+@pytest.mark.parametrize(("name", "h"), [("forward_kl", lambda r: r), ("jeffreys", lambda r: 1 + r)])
+def test_the_released_uni_instruct_is_sid_with_a_constant_ratio(name: str, h: Any) -> None:
+    """r = L / (L - 1), L = w d softplus(-logit), a constant like h(r); 1 before the gate: SiD at alpha = 1."""
+    game, feed = Game(adversarial=Adversarial(weight=0.0)), batch()
+    method = UniInstruct(divergence=name, as_released=True, game=game)
+    nets = with_ratio(method)
+    sid = SiD(alpha=1.0, levels=method.levels)
+    same(slope(method, nets, feed, judged=False), 2 * float(h(1)) * slope(sid, nets, feed))
+    v = shown(method, game, nets, feed)
+    released = v["w"] * 2 * nn.functional.softplus(-v["logits"])
+    ratio = (released / (released - 1)).detach()
+    same(in_parameters(2 * h(ratio) * sid.loss(nets, LAW, feed), nets), slope(method, nets, feed), 1e-11)
+    # on images L is in the hundreds, and the ratio 1 whatever the critic says
+    logits = torch.tensor([-3.0, 0.0, 4.0], dtype=torch.float64)
+    assert (released_ratio(logits, torch.tensor(3072 / 0.3)) - 1).abs().max() < 0.006
 
 
 def test_any_method_takes_a_critic() -> None:

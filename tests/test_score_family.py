@@ -879,6 +879,51 @@ def test_t2_coupled_dynamics() -> None:
         assert arrived.tolist() == home and left.tolist() == [not h for h in home], (alpha, end)
 
 
+@pytest.mark.parametrize("s", LEVELS)
+def test_t3_coupled_linearisation(s: float) -> None:
+    """At theta = SD, a = b both players' steps are stable; they circle where the generator is fast.
+
+    Diff-Instruct: theta' = -kg SD da, a' = -2 kf w (S da - 2 SD (1 - b) dtheta). SiD: theta' times 2 (1 - b), for
+    every alpha.
+    """
+    level, b, total = f64([s]), SD**2 / (SD**2 + s**2), SD**2 + s**2
+    w = total / (s * SD) ** 2
+
+    def field(theta: Tensor, a: Tensor, kg: float, kf: float, alpha: float | None) -> Tensor:
+        """(theta', a'), in expectation: the crossed samples have its second moments."""
+        theta, a = (v.detach().clone().requires_grad_() for v in (theta, a))
+        x = theta * CROSS_Z[:, :1]
+        noisy = x + s * CROSS_EPS[:, :1]
+        fake, real = a * noisy, b * noisy
+        loss = diff_instruct_loss(x, fake, real) if alpha is None else sid_loss(x, fake, real, alpha)
+        (of_theta,) = torch.autograd.grad(loss.mean(), theta, retain_graph=True)
+        held = x.detach()
+        (of_a,) = torch.autograd.grad(denoising(a * noisy.detach(), held, level.expand(len(x)), SD).mean(), a)
+        return torch.stack([-kg * of_theta, -kf * of_a])
+
+    def jacobian(kg: float, kf: float, alpha: float | None) -> Tensor:
+        """By central differences, exact for fields that are quadratic in each player."""
+        at, h, columns = f64([SD, b]), 1e-3, []
+        for step in (f64([h, 0]), f64([0, h])):
+            ahead, back = (field(*(at + sign * step), kg, kf, alpha) for sign in (1, -1))
+            columns.append((ahead - back) / (2 * h))
+        return torch.stack(columns, 1)
+
+    assert field(f64(SD), f64(b), 1.0, 1.0, 0.7).abs().max() < 1e-10 * w
+    for kf in (0.05, 1.0):
+        edge = kf * w * total**2 / (4 * SD**2 * (1 - b))  # of kg, where the discriminant changes its sign
+        for kg in (0.5 * edge, 2 * edge):
+            instruct = jacobian(kg, kf, None)
+            expected = f64([[0, -kg * SD], [4 * kf * w * SD * (1 - b), -2 * kf * w * total]])
+            torch.testing.assert_close(instruct, expected, rtol=1e-9, atol=1e-10 * expected.abs().max().item())
+            trace, det = instruct.trace(), torch.linalg.det(instruct)
+            assert trace < 0 and det > 0 and (trace**2 < 4 * det) == (kg > edge)
+            for alpha in (0.5, 1.0, 1.2):
+                sid = jacobian(kg, kf, alpha)
+                torch.testing.assert_close(sid[0], 2 * (1 - b) * instruct[0], rtol=1e-9, atol=1e-10 * kg)
+                torch.testing.assert_close(sid[1], instruct[1], rtol=1e-12, atol=0)
+
+
 def noise(batch: int = 24, **fields: Any) -> NoiseSource:
     return NoiseSource((2,), (2,), batch, seed=fields.pop("seed", 5), dtype=torch.float64, **fields)
 

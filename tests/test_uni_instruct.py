@@ -385,6 +385,24 @@ def test_f_distill_expands_in_uni_instruct(name: str) -> None:
     assert gap(integral, truth) <= 1e-12
 
 
+def test_integral_kl_is_uni_instruct_with_an_integrated_weight() -> None:
+    """int w grad KL d sigma = W(HIGH) grad KL(HIGH) + int W 1/2 grad E_p |s_p - s_q|^2 d(sigma^2), W = int_LOW w.
+
+    Here w(sigma) = sigma, so that W = (sigma^2 - LOW^2) / 2.
+    """
+    sigma, measure = legendre(LOW, HIGH, 80)
+    s = setting("mixture", *sigma.tolist())
+    each = measure.repeat_interleave(len(s.points.x) // len(sigma))  # of d(sigma^2) = 2 sigma d sigma
+    truth = s.gradient(each / 2 * f_distill(s.points, "reverse_kl"))
+    integrated = (s.points.sigma**2 - LOW**2) / 2
+    rest = setting("mixture", HIGH)
+    end = (HIGH**2 - LOW**2) / 2 * rest.gradient(f_distill(rest.points, "reverse_kl"))
+    expanded = s.gradient(each * integrated / (2 * s.points.sigma**4) * uni_instruct(s.points, "reverse_kl", None))
+    assert gap(end + expanded, truth) <= 1e-12
+    flat = s.gradient(each / (2 * s.points.sigma**4) * uni_instruct(s.points, "reverse_kl", None))
+    assert gap(end + flat, truth) > 0.1  # the weight matters
+
+
 # Pointwise identities, for any networks -------------------------------------------------------------------------------
 
 

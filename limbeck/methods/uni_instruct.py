@@ -9,20 +9,23 @@ denoisers (times sigma^4):
     [r^2 h'' |D_fake - D_real|^2 (D_fake - D_real) / sigma^2] . x_sigma      bracket constant
 
 The reverse KL needs no ratio: its three coefficients are 2, 1 and 0, which is twice SiD at alpha = 1/2. The released
-code keeps the first term only, with h detached and a ratio that is 1 to three digits or more.
+code keeps the first term only, with h detached and a ratio that on images is 1 to three digits: SiD at alpha = 1.
 
 =====================  ==========================================  ==================================================
 switch                 default                                     what else
 =====================  ==========================================  ==================================================
 ``divergence``         ``jensen_shannon``                          any of the table; all but ``reverse_kl`` need the
                                                                    critic, which reads real samples
-ratio                  exp(logit) with its graph to x_sigma,       the code's ratio is L / (L - 1) of a loss L in the
-                       at most E_fake[r] = 1 in bins of u          hundreds; ``as_released`` leaves that 1 and detaches
+ratio                  exp(logit) with its graph to x_sigma,       ``as_released``: the code's L / (L - 1), constant,
+                       at most E_fake[r] = 1 in bins of u          of the adversarial loss L = w d softplus(-logit), in
+                                                                   the hundreds; here per sample, there of a micro-batch
 ``pull_limit``         |D_fake - D_real|^2 / sigma^2 in the third  inf: the exact gradient, which flees from the data
                        term counts up to 1                         where a critic lags
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
-``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss, as
-                                                                   ``sida``
+``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss with
+                                                                   the normaliser, as ``sida``; weights are relative to
+                                                                   2 h times what it calls the score term
+Jeffreys               the sum of both KL divergences              the code: 0.4 forward and 0.6 reverse
 gate                   the critic counts after 100,000 images;     ``game.adversarial.after``; the code: 200,000
                        before, h(1) times the reverse KL
 ``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
@@ -45,6 +48,7 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from limbeck.critic import Adversarial, RatioScale
 from limbeck.denoiser import Denoiser, expand
@@ -55,6 +59,8 @@ from limbeck.losses import l1_scale, per_sample
 from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Count, Turn
 from limbeck.optimizer import Optimizer
+
+RELEASED = ("forward_kl", "jeffreys")  # of the public code's branches, those that use the ratio and run
 
 
 def uni_instruct_loss(
@@ -97,13 +103,19 @@ def uni_instruct_loss(
     return score_term + path_term + per_sample(pull * noisy)
 
 
+def released_ratio(logits: Tensor, scale: Tensor) -> Tensor:
+    """The public code's "density ratio" L / (L - 1), L = scale * softplus(-logit): (B,), constant."""
+    loss = scale * functional.softplus(-logits.detach())
+    return loss / (loss - 1)
+
+
 @dataclass(frozen=True)
 class UniInstruct:
     """Hyper-parameters of Uni-Instruct. Noise levels are in units of sigma_data / 0.5.
 
     Attributes:
         divergence: a key of `divergence.DIVERGENCES`.
-        as_released: the public code's form: the first term only, with h(1) constant.
+        as_released: the public code's form: the first term only, its ratio and h constant (`forward_kl`, `jeffreys`).
         levels: law of the noise in the generator's turn.
         pull_limit: largest |D_fake - D_real|^2 / sigma^2 in the third term; inf = exact.
         normalizer: l1, or none.
@@ -128,6 +140,8 @@ class UniInstruct:
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence: unknown {self.divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+        if self.as_released and self.divergence not in RELEASED:
+            raise ValueError(f"as_released: the public code runs for {' and '.join(RELEASED)}, not {self.divergence}")
         if not self.pull_limit >= 0:
             raise ValueError(f"pull_limit: must not be negative, got {self.pull_limit}")
         if not 1 <= self.ratio_bins <= 1000:
@@ -165,25 +179,26 @@ class UniInstruct:
     def loss(
         self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
     ) -> Tensor:
-        """The normalised three terms plus the adversarial loss, per sample (B,)."""
+        """The normalised sum of the three terms and the adversarial loss, per sample (B,)."""
         view = self._game.view(nets, teacher, batch, self.levels, call, judged)
         x, fake, real = view.x, view.fake, view.real
         weight = (
             l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(batch.u)
         )
-        at_one = DIVERGENCES[self.divergence].h(torch.ones_like(view.sigma))
+        one, h = torch.ones_like(view.sigma), DIVERGENCES[self.divergence].h
         if self.as_released:
-            terms = -2 * at_one * per_sample((fake - real) * (fake - x))
+            ratio = one if view.logits is None else released_ratio(view.logits, weight * x[0].numel())
+            terms = -2 * h(ratio) * per_sample((fake - real) * (fake - x))
         elif view.logits is None:
             # no ratio yet: with h constant the gradient is the reverse KL's. The coefficients at r = 1 would not do:
             # their third term repels the student from the data unless r falls as the scores say
-            terms = at_one * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
+            terms = h(one) * uni_instruct_loss(x, view.noisy, view.sigma, fake, real, None, "reverse_kl")
         else:
             ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
             terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence, self.pull_limit)
             steep = per_sample((fake - real).detach() ** 2) > self.pull_limit * view.sigma**2
             cast(Count, nets["pull"]).add(steep)
-        return weight * terms / teacher.unit**2 + self._game.adversarial_loss(view)
+        return weight * (terms / teacher.unit**2 + self._game.adversarial_loss(view))
 
     def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
         return self._game.health(nets, teacher, batch, self.levels)
