@@ -1273,7 +1273,7 @@ def _training(log: Sequence[Mapping[str, Any]]) -> _Html:
 
 
 def health_curves(log: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """How a fake score stands: its gap to the teacher by noise level, and its loss on fresh samples."""
+    """How a fake score stands: its gap to the teacher by level, its loss on fresh samples, where its ratio was cut."""
     gaps = sorted({key for row in log for key in row if key.startswith("health/gap/")}, key=lambda key: float(key[11:]))
 
     def points(key: str) -> list[tuple[float, float]]:
@@ -1302,6 +1302,18 @@ def health_curves(log: Sequence[Mapping[str, Any]]) -> list[Curve]:
                 "images",
                 "denoising loss",
                 {"fake": fresh},
+            )
+        )
+    counts = {"clipped logits": points("ratio/clipped_logits"), "limited pulls": points("pull/limited")}
+    if any(value for line in counts.values() for _, value in line):
+        curves.append(
+            Curve(
+                "Where the critic's ratio was cut",
+                "Samples so far whose logit was out of bounds, or whose third term was limited. Neither is the exact "
+                "gradient: lines that go on rising steeply mean that the critic or the fake score lags.",
+                "images",
+                "samples",
+                {name: line for name, line in counts.items() if line},
             )
         )
     return curves

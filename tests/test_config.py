@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck import config, methods, noise
+from limbeck import config, critic, game, methods, noise
 from limbeck.ema import Average
 from limbeck.methods.pid import PID
 from limbeck.noise import Karras
@@ -86,6 +86,21 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(key: str, meant: str)
 )
 def test_mistakes_in_tables_of_a_method(table: dict[str, Any], line: str) -> None:
     assert message({"method": {"name": "diff_instruct", **table}}) == line
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        (methods.METHODS["sim"](distance="l2"), "distance"),
+        (methods.METHODS["dmd"](distance="lpips"), "distance"),
+        (methods.METHODS["f_distill"](weight="l1"), "weight"),
+        (methods.METHODS["uni_instruct"](normalizer="L1"), "normalizer"),
+        (methods.METHODS["sid"](game=game.Game(adversarial=critic.Adversarial(loss="bse"))), "game.adversarial.loss"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_objective_made_in_python_is_checked_as_a_recipe_is(method: Any, field: str) -> None:
+    assert message({"method": method}).startswith(f"method.{field}: ")
 
 
 def test_one_key_of_a_table_leaves_the_rest_as_the_method_has_it() -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+import test_score_family
+import test_uni_instruct
 import torch
 from test_uni_instruct import HAS_PULL, TABLE
 from torch import Tensor, nn
@@ -240,6 +242,38 @@ def test_any_method_takes_a_critic() -> None:
         extra = 0.3 * 2 * nn.functional.softplus(-view.logits)
         torch.testing.assert_close(strong.loss(nets, LAW, feed), weak.loss(nets, LAW, feed) + extra)
         assert strong.needs_real and not kind(game=Game()).needs_real
+
+
+def test_every_printed_special_case_has_its_proof() -> None:
+    """A new row of `limbeck methods --unification` needs a test here; so does one whose wording changes."""
+    family, terms = test_score_family, test_uni_instruct
+    proofs: dict[str, tuple[Any, ...]] = {
+        "f_distill(reverse_kl)": (test_special_cases_have_equal_gradients,),
+        "dmd2 without its critic": (test_special_cases_have_equal_gradients,),
+        "dmd with regression = 0": (test_special_cases_have_equal_gradients,),
+        "sid with both estimates detached": (family.test_c3_without_the_networks_graphs_every_alpha_is_diff_instruct,),
+        "sida with adversarial.weight = 0": (test_sida_without_its_critic_is_sid,),
+        "sim(distance = squared)": (test_squared_sim_is_twice_sid,),
+        "sds": (test_sds_is_diff_instruct_of_one_point,),
+        "sid with game.calls = 1, guidance 1": (
+            test_one_call_of_a_few_step_generator_is_one_step,
+            test_guidance_of_one_changes_nothing_and_others_are_guided_denoisers,
+        ),
+        "integral KL": (terms.test_integral_kl_is_uni_instruct_with_an_integrated_weight,),
+    }
+    assert list(proofs) == [left for left, _, _ in unification.EQUAL]
+    recovered: dict[str, tuple[Any, ...]] = {
+        "2 SiD(alpha = 1/2); path weight 2 (1 - alpha): 2 SiD(alpha), 0: SIM": (
+            terms.test_reverse_kl_is_twice_sid_at_one_half,
+            terms.test_reverse_kl_with_another_path_term_is_sid,
+            terms.test_reverse_kl_without_path_term_is_sim,
+        ),
+        "at r = 1: 2 SiD(alpha = 1)": (terms.test_forward_kl_at_ratio_one_is_twice_sid_at_one,),
+        "reverse_kl + forward_kl": (terms.test_jeffreys_is_forward_plus_reverse,),
+    }
+    integrated = {"f_distill": terms.test_f_distill_expands_in_uni_instruct}  # of every divergence
+    rest = [row for row in unification.ROWS if not row.recovers.startswith(f"f_distill({row.divergence}), integrated")]
+    assert integrated and [row.recovers for row in rest] == list(recovered)
 
 
 def test_the_printed_table_is_that_of_the_divergences() -> None:
@@ -580,17 +614,22 @@ def test_one_bad_sample_stops_the_update_and_is_named() -> None:
         """NaN for one sample, of which the trainer must know the number over all micro-batches."""
 
         def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-            bad = (x == x.flatten()[0]).any(1, keepdim=True) & (len(x) == 3)
+            self.calls += 1
+            bad = torch.arange(len(x))[:, None] == (self.sick if self.calls == self.at else -1)
             return torch.where(bad, math.nan, LAW(x, sigma))
 
-    for parts, index in ((1, None), (2, 3)):
-        run = Trainer(SiD(), Broken((2,), 0, LAW.sigma_data), template(), steps=9, seed=0)
+        def __init__(self, at: int, sick: int) -> None:
+            super().__init__((2,), 0, LAW.sigma_data)
+            self.calls, self.at, self.sick = 0, at, sick
+
+    for parts, at, sick, index in ((1, 0, 0, None), (1, 1, 4, 4), (2, 1, 0, 0), (2, 2, 1, 4), (3, 3, 0, 4)):
+        run = Trainer(SiD(), Broken(at, sick), template(), steps=9, seed=0)
         source = NoiseSource((2,), (2,), 6, 0, micro_batches=parts, dtype=torch.float64)
         if index is None:
-            run.advance(source)  # one batch of 6 is healthy
+            run.advance(source)  # the batch is healthy
             continue
         before = [p.clone() for p in run.nets["generator"].parameters()]
-        with pytest.raises(NonFinite, match=r"turn of generator at step 0 \(seed 0\).*first bad sample: 0 of 6"):
+        with pytest.raises(NonFinite, match=rf"turn of generator at step 0 \(seed 0\).*first bad sample: {index} of 6"):
             run.advance(source)
         assert all(torch.equal(a, b) for a, b in zip(before, run.nets["generator"].parameters(), strict=True))
 
@@ -676,6 +715,7 @@ def test_health_is_measured_by_level() -> None:
         (lambda: Guidance(dropout=1.0), "dropout: "),
         (lambda: Game(settle=-1), "settle: "),
         (lambda: SiD(nan="repair"), "nan: "),  # type: ignore[arg-type]
+        (lambda: UniInstruct(as_released=True), "as_released: the public code runs for forward_kl and jeffreys"),
     ],
 )  # fmt: skip
 def test_bad_fields(make: Any, line: str) -> None:

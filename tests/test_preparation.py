@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import limbeck
-from limbeck import artifact, checkpoint, stock
+from limbeck import artifact, checkpoint, preparation, stock
 from limbeck.exact import Mixture
 from limbeck.sample import heun
 from limbeck.teachers import load
@@ -61,6 +61,26 @@ def test_pairs_of_a_conditional_teacher_have_labels(tmp_path: Path) -> None:
     pairs = stock.teacher_pairs(load("digits"), 40, 0, 3, tmp_path, lambda done: None)
     assert pairs.cond is not None and torch.equal(pairs.cond.sum(1), torch.ones(40))
     torch.testing.assert_close(pairs.x, heun(load("digits"), pairs.z, 3, cond=pairs.cond), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("game", [{}, {"adversarial": {"weight": 0.1}}], ids=["no critic", "a critic"])
+def test_training_without_data_opens_none(
+    game: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a critic, or with one that reads the teacher's samples; a critic with data would open them."""
+
+    class Closed:
+        def load(self, *args: Any) -> None:
+            raise AssertionError("data were opened")
+
+    monkeypatch.setattr(preparation, "data", Closed())
+    keys: dict[str, Any] = {"steps": 2, "batch": 4, "evaluate": {"samples": 200, "teacher_steps": 2}}
+    method = {"name": "sid", "game": game}
+    limbeck.distill("digits", method, out=tmp_path / "free", real={"source": "teacher:40"}, **QUIET, **keys)
+    limbeck.distill("digits", "sid", out=tmp_path / "plain", **QUIET, **keys)
+    if game:
+        with pytest.raises(AssertionError, match="data were opened"):
+            limbeck.distill("digits", method, out=tmp_path / "data", **QUIET, **keys)
 
 
 def test_a_student_of_another_network_starts_as_the_teacher(tmp_path: Path, tiny: dict[str, Any]) -> None:

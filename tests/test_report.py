@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from limbeck import report as page
-from limbeck.report import METRICS, Curve, Picture, Scatter, history_curves, render, render_comparison
+from limbeck.report import METRICS, Curve, Picture, Scatter, health_curves, history_curves, render, render_comparison
 
 NAN, INF = math.nan, math.inf
 
@@ -552,3 +552,10 @@ def test_browser_readout_sorting_and_theme(tmp_path: Path) -> None:
     assert [row for row in re.findall(r'<td data-value="(\w)">', dom)] == ["b", "a", "c"]
     assert 'aria-sort="ascending"' in dom
     assert outline.count("div", "readout") == 1 and "images 10" in outline.text and "student 2" in outline.text
+
+
+def test_samples_whose_ratio_was_cut_are_reported() -> None:
+    log = [{"images": 10 * n, "ratio/clipped_logits": 0.0, "pull/limited": 3.0 * n} for n in range(4)]
+    (curve,) = health_curves(log)
+    assert curve.series["limited pulls"] == [(0, 0), (10, 3), (20, 6), (30, 9)] and "clipped logits" in curve.series
+    assert not health_curves([{**row, "pull/limited": 0.0} for row in log])  # nothing was cut

@@ -160,7 +160,7 @@ def test_a2_diff_instruct_descends_the_kullback_leibler_divergence(theta: float,
     a, b, p, big_s = coefficients(theta, s)
     generator, fake, teacher = Affine(theta), Gaussian(0.0, theta), Gaussian(0.0, SD)
     expected = s**2 * theta * (1 / big_s - 1 / p)  # s^2 dKL/dtheta
-    assert theta * (a - b) == pytest.approx(expected, rel=1e-9)
+    assert theta * (a - b) == pytest.approx(expected, rel=1e-10)
     x = generator(Z)
     noisy, level = perturb(x, filled(s, Z), EPS), filled(s, Z)
     pure = (W * diff_instruct_loss(x, fake(noisy, level), teacher(noisy, level))).sum()
@@ -183,8 +183,8 @@ def test_a3_values(theta: float, s: float) -> None:
         first, second = (b - slope) ** 2 * p, (b - slope) * (b * p - theta**2)
         for alpha in ALPHAS:
             value = (W * sid_loss(x, slope * noisy, b * noisy, alpha)).sum()
-            assert value.item() == pytest.approx(second - alpha * first, rel=1e-9, abs=1e-11 * (first + abs(second)))
-        assert (slope == a) == (first == pytest.approx(second, rel=1e-9))
+            assert value.item() == pytest.approx(second - alpha * first, rel=1e-10, abs=1e-11 * (first + abs(second)))
+        assert (slope == a) == (first == pytest.approx(second, rel=1e-10))
 
 
 @pytest.mark.parametrize("s", LEVELS)
@@ -195,18 +195,18 @@ def test_a4_gradient_of_sid(alpha: float, theta: float, s: float) -> None:
     generator, fake, teacher = Affine(theta), Gaussian(0.0, theta), Gaussian(0.0, SD)
     expected = 2 * theta * (b - a) * ((b - 1) - alpha * (b - a))
     loss = method_loss(SiD(alpha=alpha, normalizer="none"), generator, fake, s, teacher)
-    assert gradient(loss, generator.slope).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert gradient(loss, generator.slope).item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
     scaled = method_loss(SiD(alpha=alpha, normalizer="none", loss_scale=100.0), generator, fake, s, teacher)
     assert scaled.item() == pytest.approx(100 * loss.item(), rel=1e-12)
     if alpha == 1:
         squared = method_loss(SIM(distance="squared"), generator, fake, s, teacher)
         assert gradient(squared, generator.slope).item() == pytest.approx(
-            4 * theta * (b - a) * (a - 1), rel=1e-9, abs=1e-12
+            4 * theta * (b - a) * (a - 1), rel=1e-10, abs=1e-12
         )
     if alpha == 0.5:  # the Fisher divergence (b-a)^2 P and its derivative, psi* following theta
         da = 2 * theta * s**2 / (theta**2 + s**2) ** 2
         fisher = -2 * (b - a) * da * (theta**2 + s**2) + (b - a) ** 2 * 2 * theta
-        assert 2 * expected == pytest.approx(fisher, rel=1e-9, abs=1e-12)
+        assert 2 * expected == pytest.approx(fisher, rel=1e-10, abs=1e-12)
 
 
 def drift(theta: Tensor, s: float, alpha: float) -> Tensor:
@@ -252,13 +252,15 @@ def test_a6_a_shifted_mean_knows_no_alpha(mean: float, s: float) -> None:
     expected = 2 * (1 - b) ** 2 * mean
     for alpha in ALPHAS:
         loss = 2 * method_loss(SiD(alpha=alpha, normalizer="none"), generator, fake, s, teacher)
-        assert gradient(loss, generator.mean).item() == pytest.approx(expected, rel=1e-9)
+        assert gradient(loss, generator.mean).item() == pytest.approx(expected, rel=1e-10)
     # SIM: d'(y) (1 - b) with y = (1 - b) mean; and Diff-Instruct: y
     y = (1 - b) * mean
     huber = method_loss(SIM(), generator, fake, s, teacher)
-    assert gradient(huber, generator.mean).item() == pytest.approx((1 - b) * y / math.sqrt(y**2 + 0.00054**2), rel=1e-9)
+    assert gradient(huber, generator.mean).item() == pytest.approx(
+        (1 - b) * y / math.sqrt(y**2 + 0.00054**2), rel=1e-10
+    )
     kl = method_loss(DiffInstruct(), generator, fake, s, teacher)
-    assert gradient(kl, generator.mean).item() == pytest.approx(y, rel=1e-9)
+    assert gradient(kl, generator.mean).item() == pytest.approx(y, rel=1e-10)
 
 
 @pytest.mark.parametrize(("s", "printed"), [(0.1, 0.0782), (1.0, 0.3568), (10.0, 0.3984)])
@@ -412,7 +414,7 @@ def test_b2_tweedie_both_ways(kind: str, s: float) -> None:
         torch.testing.assert_close(score(exact, x, level), slope, rtol=1e-10, atol=1e-12)
         # and D is the mean of clean samples given the noised one, by summation of Bayes' rule on a fine grid
         joint = torch.exp(of.density(grid[:, None], 0.0) - (x - grid) ** 2 / (2 * s**2))
-        torch.testing.assert_close(exact(x, level), (joint @ grid / joint.sum(1))[:, None], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(exact(x, level), (joint @ grid / joint.sum(1))[:, None], rtol=1e-10, atol=1e-10)
 
 
 @AT
@@ -436,13 +438,13 @@ def test_b4_only_alpha_one_half_is_the_fisher_divergence(kind: str, s: float) ->
         ends = [squared_gap(law(kind, sign * move), s).item() for sign in (1, -1)]
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-7)
     unbiased = 2 * at.gradient(sid_loss(at.x, at.fake, at.real, 0.5))
-    torch.testing.assert_close(unbiased, exact, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(unbiased, exact, rtol=1e-10, atol=1e-10)
     # what alpha adds: the path term, of samples moving through a divergence that stays
     path = at.gradient((at.real - at.fake)[:, 0] ** 2)
     for alpha in (0.0, 1.0, 1.2):
         other = 2 * at.gradient(sid_loss(at.x, at.fake, at.real, alpha))
         assert (other - exact).norm() > 4e-3 * exact.norm()
-        torch.testing.assert_close(other, exact + (1 - 2 * alpha) * path, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(other, exact + (1 - 2 * alpha) * path, rtol=1e-10, atol=1e-10)
 
 
 @AT
@@ -452,7 +454,7 @@ def test_b4_diff_instruct_is_the_kullback_leibler_divergence(kind: str, s: float
     noisy = at.law.noisy(s)
     divergence = at.mean(at.law.density(noisy, s) - TEACHER.log_prob(noisy, filled(s, noisy)))
     exact = s**2 * gradient(divergence, *at.law.parameters)
-    torch.testing.assert_close(at.gradient(diff_instruct_loss(at.x, at.fake, at.real)), exact, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(at.gradient(diff_instruct_loss(at.x, at.fake, at.real)), exact, rtol=1e-10, atol=1e-10)
 
 
 def huber(y: Tensor, c: float) -> Tensor:
@@ -474,13 +476,13 @@ def test_sim_differentiates_the_score_and_not_the_sampling_law(kind: str, s: flo
     whole = at.law.live(at.noisy, s) - at.real
     for constant, d in ((c, lambda y: huber(y, c)), (None, torch.square)):
         ours = at.gradient(sim_loss(at.x, at.fake, at.real, constant))
-        torch.testing.assert_close(ours, gradient(at.mean(d(held)[:, 0]), *parameters), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(ours, gradient(at.mean(d(held)[:, 0]), *parameters), rtol=1e-10, atol=1e-10)
         # the whole gradient has a path term as well
         total = gradient(at.mean(d(whole)[:, 0]), *parameters)
         path = at.gradient(d(at.fake - at.real)[:, 0])
-        torch.testing.assert_close(ours + path, total, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(ours + path, total, rtol=1e-10, atol=1e-10)
         assert (ours - total).norm() > 1e-3 * total.norm()
-        assert at.mean(sim_loss(at.x, at.fake, at.real, constant)).abs() < 1e-9  # a value of 0 at every parameter
+        assert at.mean(sim_loss(at.x, at.fake, at.real, constant)).abs() < 1e-10  # a value of 0 at every parameter
 
 
 def test_sim_takes_the_norm_of_a_whole_sample() -> None:
@@ -590,7 +592,7 @@ def test_c6_equal_scores_leave_nothing_to_do() -> None:
     for loss in losses:
         assert torch.equal(loss, torch.zeros_like(loss))
         # SIM with c = 1e-5 takes the difference of two graphs 1e5 times
-        assert slopes(loss, x).abs().max() < 1e-9
+        assert slopes(loss, x).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -715,7 +717,7 @@ def test_the_loss_on_a_batch_is_the_pure_function(name: str) -> None:
     noisy = x + sigma[:, None] * batch.eps
     fake, real = nets["fake"](noisy, sigma), PLANE(noisy, sigma)
     for formula in documented(method, x, fake, real, unit):
-        torch.testing.assert_close(method.loss(nets, PLANE, batch), formula, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(method.loss(nets, PLANE, batch), formula, rtol=1e-10, atol=1e-11)
     # SiD and SIM differentiate through both estimates, Diff-Instruct through neither
     graphs = {}
     for key, estimate in (
@@ -727,7 +729,7 @@ def test_the_loss_on_a_batch_is_the_pure_function(name: str) -> None:
         nets.zero_grad(set_to_none=True)
         documented(method, x, *estimate, unit)[0].sum().backward(retain_graph=True)
         graphs[key] = gradients(nets["generator"])
-    torch.testing.assert_close(ours, graphs["both"], rtol=1e-8, atol=1e-9 * ours.abs().max().item())
+    torch.testing.assert_close(ours, graphs["both"], rtol=1e-10, atol=1e-10 * ours.abs().max().item())
     for key, other in graphs.items():
         if isinstance(method, DiffInstruct):
             assert torch.equal(other, graphs["both"])
@@ -804,10 +806,10 @@ def test_t1_the_fake_turn_s_minimum_is_the_exact_score(theta: float) -> None:
         loss = (W * Game().fake_turn().loss(nets, Gaussian(0.0, SD), batch)).sum()
         a = fake.slopes
         weight = (s**2 + SD**2) / (s * SD) ** 2
-        assert loss.item() == pytest.approx(weight * ((0.5 - 1) ** 2 * theta**2 + 0.5**2 * s**2), rel=1e-9)
+        assert loss.item() == pytest.approx(weight * ((0.5 - 1) ** 2 * theta**2 + 0.5**2 * s**2), rel=1e-10)
         (g,) = torch.autograd.grad(loss, a, create_graph=True)
         (h,) = torch.autograd.grad(g.sum(), a)
-        assert (a - g / h).item() == pytest.approx(theta**2 / (theta**2 + s**2), rel=1e-9)
+        assert (a - g / h).item() == pytest.approx(theta**2 / (theta**2 + s**2), rel=1e-10)
 
 
 @dataclass(frozen=True)
@@ -915,12 +917,12 @@ def test_t3_coupled_linearisation(s: float) -> None:
         for kg in (0.5 * edge, 2 * edge):
             instruct = jacobian(kg, kf, None)
             expected = f64([[0, -kg * SD], [4 * kf * w * SD * (1 - b), -2 * kf * w * total]])
-            torch.testing.assert_close(instruct, expected, rtol=1e-9, atol=1e-10 * expected.abs().max().item())
+            torch.testing.assert_close(instruct, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
             trace, det = instruct.trace(), torch.linalg.det(instruct)
             assert trace < 0 and det > 0 and (trace**2 < 4 * det) == (kg > edge)
             for alpha in (0.5, 1.0, 1.2):
                 sid = jacobian(kg, kf, alpha)
-                torch.testing.assert_close(sid[0], 2 * (1 - b) * instruct[0], rtol=1e-9, atol=1e-10 * kg)
+                torch.testing.assert_close(sid[0], 2 * (1 - b) * instruct[0], rtol=1e-10, atol=1e-10 * kg)
                 torch.testing.assert_close(sid[1], instruct[1], rtol=1e-12, atol=0)
 
 
@@ -1139,7 +1141,7 @@ def test_the_generator_s_loss_has_no_unit(name: str, c: float) -> None:
         nets = nn.ModuleDict(method.players(template(sigma_data=teacher.sigma_data)))
         nets["fake"] = template(seed=3, sigma_data=teacher.sigma_data)
         values.append(method.loss(nets, teacher, batch).detach())
-    torch.testing.assert_close(values[1], values[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("c", [2.0, 1e-3])
@@ -1149,7 +1151,7 @@ def test_the_fake_score_s_loss_has_no_unit(c: float) -> None:
         teacher = scaled(factor)
         nets = nn.ModuleDict(SiD().players(template(sigma_data=teacher.sigma_data)))
         values.append(Game().fake_turn().loss(nets, teacher, batch).detach())
-    torch.testing.assert_close(values[1], values[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("sd", [0.5, 1.5])
@@ -1161,11 +1163,11 @@ def test_the_fake_score_s_loss_is_edm_s(sd: float) -> None:
         zero = Preconditioned(network, (1,), sigma_data=sd)
         x = sd * Z
         direct = (W * denoising(zero(x + level[:, None] * EPS, level), x, level, sd)).sum()
-        assert direct.item() == pytest.approx(1, rel=1e-9)
+        assert direct.item() == pytest.approx(1, rel=1e-10)
         nets = nn.ModuleDict({"generator": Affine(sd), "fake": zero})
         batch = Batch(Z, filled(u_of(LogNormal(), s), Z), EPS)
         value = (W * Game().fake_turn().loss(nets, Gaussian(0.0, sd), batch)).sum()
-        assert value.item() == pytest.approx(1, rel=1e-9)
+        assert value.item() == pytest.approx(1, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["diff_instruct", "sid", "sim"])
