@@ -116,11 +116,13 @@ def compare(
         if row.get("history"):
             watched[anchor] = watched.get(anchor) or _teachers_watched(recipe, judges[name])
             row["history"] = levelled(row["history"], watched[anchor], row["teacher_scores"]["metrics"])
+        made[name] = row
+    rows = [(earlier | made)[name] for name, _, _ in cells if name in earlier or name in made]
+    for row in rows:
+        row.pop("reached", None)  # a known row may have had another target
         if "target" in grid:
             level = grid["target"] * row["teacher_scores"]["metrics"][metrics[0]]
             row["reached"] = reached(row.get("history", []), metrics[0], level)
-        made[name] = row
-    rows = [(earlier | made)[name] for name, _, _ in cells if name in earlier or name in made]
     result = {
         "title": grid.get("title", path.stem),
         "metric": metrics[0],
@@ -132,6 +134,7 @@ def compare(
         "machine": machine(),
         "commit": commit(),
     }
+    out.mkdir(parents=True, exist_ok=True)  # no cell was played where all are known
     write_atomically(out / "comparison.json", json.dumps(result, indent=1) + "\n")
     write_atomically(out / "comparison.html", page(result))
     tell(f"comparison: {out / 'comparison.html'}")
@@ -169,7 +172,7 @@ def _earlier(
         raise ValueError(f"known: cannot read {known} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"known: {known} is no comparison.json of `limbeck compare`") from None
-    for key in ("metric", "also", "target", "euler"):
+    for key in ("metric", "also", "euler"):
         if old.get(key) != grid.get(key):
             raise ValueError(f"known: {known} has {key} = {old.get(key)!r}, and {path} has {grid.get(key)!r}")
     keys = {name: _key(recipe) for name, _, recipe in cells}

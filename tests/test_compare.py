@@ -156,7 +156,8 @@ def test_a_comparison_in_parts_is_the_whole(
     tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny}
+    watch = {"every": {"evaluate": 3, "sample": 0}}
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny, **watch}
     grid = {"metric": "mmd", "target": 1.2, "base": base, "grid": {"seed": [0, 1, 2]}}
     HERE.write_text(config.dump_toml(grid))
 
@@ -176,6 +177,12 @@ def test_a_comparison_in_parts_is_the_whole(
     second = made("--out", "two", "--known", "one/comparison.json")
     assert [path.name for path in sorted(Path("two").iterdir()) if path.is_dir()] == ["seed_1"]
     assert second["missing"] == [] and scores(second) == scores(whole) and second["rows"][0] == first["rows"][0]
+    # another target is told of the same rows
+    for factor, told in ((1e6, "3 of 3"), (1e-6, "0 of 3")):
+        HERE.write_text(config.dump_toml({**grid, "target": factor}))
+        other = made("--out", "aimed", "--known", "two/comparison.json")
+        assert other["summary"][0]["reached"] == told and scores(other) == scores(whole)
+    assert [path.name for path in Path("aimed").iterdir() if path.is_dir()] == []
     # a cell whose recipe has changed is played again
     HERE.write_text(config.dump_toml({**grid, "base": {**base, "method": {"name": "pid", "N": 6}}}))
     capsys.readouterr()
@@ -184,8 +191,8 @@ def test_a_comparison_in_parts_is_the_whole(
     for name, text, words in (
         (
             "other.json",
-            json.dumps({**whole, "grid": {**grid, "target": 2.0}}),
-            "has target = 2.0, and study.toml has 1.2",
+            json.dumps({**whole, "grid": {**grid, "metric": "c2st"}}),
+            "has metric = 'c2st', and study.toml has 'mmd'",
         ),
         ("no.json", "[]", "is no comparison.json"),
         ("missing.json", None, "cannot read missing.json (No such file"),
