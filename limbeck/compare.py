@@ -7,7 +7,10 @@ A grid file is TOML:
     also = ["fd_pixel"]                # more metrics for the table (optional)
     x = "method.N"                     # the key along their horizontal axis (optional)
     target = 1.2                       # tell the images and seconds until a run is within this factor of its teacher
+    last = 10                          # scores are means of the last ten on the way, instead of the final model's
     euler = true                       # score the teacher's Euler solver on each cell's grid beside the student (PID)
+    [anchors]                          # a perfect sampler's score and its standard deviation, where they are known;
+    log_density = [-6.859, 0.01]       # scores better by more than three standard errors are flagged
     [base]                             # recipe keys, as in a recipe file
     teacher = "digits"
     [[variant]]                        # named settings over the base (optional); each is combined with the whole grid
@@ -56,7 +59,7 @@ KEPT = (
     "steps", "images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes", "history", "commit",
     "machine",
 )  # fmt: skip
-KEYS = ("title", "intro", "metric", "also", "x", "target", "euler", "base", "variant", "grid")
+KEYS = ("title", "intro", "metric", "also", "x", "target", "last", "euler", "anchors", "base", "variant", "grid")
 
 
 def compare(
@@ -113,7 +116,7 @@ def compare(
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
-        if row.get("history"):
+        if row.get("history") and recipe.evaluate.watched != recipe.evaluate.samples:
             watched[anchor] = watched.get(anchor) or _teachers_watched(recipe, judges[name])
             row["history"] = levelled(row["history"], watched[anchor], row["teacher_scores"]["metrics"])
         made[name] = row
@@ -129,7 +132,7 @@ def compare(
         "grid": grid,
         "rows": rows,
         "missing": [name for name, _, _ in cells if name not in earlier and name not in made],
-        "summary": _over_seeds(rows, metrics),
+        "summary": _over_seeds(rows, metrics, grid.get("last"), grid.get("anchors", {})),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -214,6 +217,9 @@ def _checked(
     Raises:
         ValueError: for whatever would end a cell, or the table at the end.
     """
+    last = grid.get("last")
+    if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
+        raise ValueError(f"{path}: last: must be a number of scores on the way, got {last!r}")
     kinds = {"title": str, "intro": str, "metric": str, "euler": bool}
     for key, kind in kinds.items():
         if key in grid and not isinstance(grid[key], kind):
@@ -224,6 +230,15 @@ def _checked(
         raise ValueError(f"{path}: target: must be a positive factor on the teacher's score, got {target!r}")
     if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
         raise ValueError(f"{path}: also: must be a list of metrics, got {also!r}")
+    anchors = grid.get("anchors", {})
+    if not isinstance(anchors, dict):
+        raise ValueError(f"{path}: anchors: must be a table")
+    for name, pair in anchors.items():
+        if name not in (grid.get("metric", "fd_feature"), *also):
+            raise ValueError(f"{path}: anchors.{name}: must be the metric or one of `also`")
+        numbers = isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) for v in pair)
+        if not numbers or not pair[1] > 0:
+            raise ValueError(f"{path}: anchors.{name}: must be [score, standard deviation above 0], got {pair!r}")
     shared: dict[str, Judge] = {}
     judges: dict[str, Judge] = {}
     for name, settings, recipe in cells:
@@ -241,6 +256,8 @@ def _checked(
         if judge is None:
             raise ValueError(f"{path}: {name}: nothing to score against (set evaluate.data and evaluate.features)")
         judges[name] = shared[key] = judge
+        if last is not None and (not recipe.every.evaluate or recipe.steps // recipe.every.evaluate < last):
+            raise ValueError(f"{path}: last: {name} has fewer than {last} scores on the way (every.evaluate)")
         for metric in (grid.get("metric", "fd_feature"), *also):
             if metric not in judge.names:
                 known = ", ".join(sorted(judge.names))
@@ -322,9 +339,19 @@ def _teachers_watched(recipe: Recipe, judge: Judge) -> dict[str, float]:
 def levelled(
     history: Sequence[Mapping[str, Any]], watched: Mapping[str, float], final: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """What was watched, without what its few samples add: as much as they add to the teacher's final scores."""
+    """What was watched, without what its few samples add: as much as they add to the teacher's final scores.
+
+    MMD is levelled by its square, to which few samples add.
+    """
     more = {name: watched[name] - final[name] for name in watched if name in final}
-    return [{**row, "metrics": {k: v - more.get(k, 0.0) for k, v in row["metrics"].items()}} for row in history]
+    rows = []
+    for row in history:
+        metrics = {name: value - more.get(name, 0.0) for name, value in row["metrics"].items()}
+        if "mmd2" in metrics:
+            gap = max(metrics["mmd2"], 0.0)
+            metrics |= {"mmd": math.sqrt(gap), "log_mmd2": math.log(max(gap, 1e-300))}
+        rows.append({**row, "metrics": metrics})
+    return rows
 
 
 def reached(history: Sequence[Mapping[str, Any]], metric: str, level: float) -> dict[str, float] | None:
@@ -335,12 +362,20 @@ def reached(history: Sequence[Mapping[str, Any]], metric: str, level: float) -> 
     return None
 
 
-def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the metrics over the seeds of equal settings; the first one's with anchors."""
+def _over_seeds(
+    rows: list[dict[str, Any]], metrics: Sequence[str], last: int | None, anchors: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the metrics over the seeds of equal settings, beside those of teacher and truth.
+
+    Args:
+        last: scores are means of as many watched ones; None = the final model's.
+        anchors: score of a perfect sampler and its standard deviation.
+    """
     told = []
     for key, group in _groups(rows).items():
         first, metric = group[0], metrics[0]
-        found = {name: [row["student"]["metrics"][name] for row in group if name in _scores(row)] for name in metrics}
+        scores = [_scores(row, last) for row in group]
+        found = {name: [score[name] for score in scores if name in score] for name in metrics}
         values = found[metric]
         one: dict[str, Any] = {
             **json.loads(key),
@@ -355,6 +390,12 @@ def _over_seeds(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict
             one[name] = statistics.fmean(found[name]) if found[name] else None
             one[f"{name} spread"] = _spread(found[name])
             one[f"{name} floor"] = first.get("floor", {}).get("metrics", {}).get(name)
+        flagged = [
+            name
+            for name, (level, deviation) in anchors.items()
+            if beyond(found[name], level, deviation, aims_low(name))
+        ]
+        one["better than perfect"] = ", ".join(flagged) or None
         if any("reached" in row for row in group):
             found_at = [row["reached"] for row in group if row.get("reached")]
             one["reached"] = f"{len(found_at)} of {len(group)}"
@@ -377,9 +418,35 @@ def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def _scores(row: Mapping[str, Any]) -> Mapping[str, float]:
-    scores: Mapping[str, float] = row.get("student", {}).get("metrics", {})
-    return scores
+def _scores(row: Mapping[str, Any], last: int | None) -> Mapping[str, float]:
+    """A run's scores: those of its final model, or means of the `last` ones on the way."""
+    if last is None:
+        scores: Mapping[str, float] = row.get("student", {}).get("metrics", {})
+        return scores
+    watched = [entry["metrics"] for entry in row.get("history", [])[-last:]]
+    common = set.intersection(*map(set, watched)) if watched else set()
+    return {name: statistics.fmean(metrics[name] for metrics in watched) for name in common}
+
+
+def aims_low(metric: str) -> bool:
+    """Whether a metric is a distance, of which less is better."""
+    return metric in report.METRICS and report.METRICS[metric].aim == "lower"
+
+
+def beyond(values: Sequence[float], anchor: float, deviation: float, lower: bool = False) -> bool:
+    """Whether the mean of scores is better than a perfect sampler's by more than three of its standard errors.
+
+    Args:
+        values: one score per seed.
+        anchor: what a perfect sampler scores in the mean.
+        deviation: standard deviation of a perfect sampler's score, the least that a seed's score is taken to have.
+        lower: less is better.
+    """
+    if not values:
+        return False
+    error = max(deviation, _spread(values) or 0.0) / math.sqrt(len(values))
+    above = statistics.fmean(values) - anchor
+    return (-above if lower else above) > 3 * error
 
 
 def _spread(values: Sequence[float]) -> float | None:
@@ -390,7 +457,7 @@ def history(rows: list[dict[str, Any]], metric: str, over: str = "images") -> di
     """What was measured on the way, by settings: (x, y), both means over seeds, of every watched step.
 
     Args:
-        over: what x is, "images" or "seconds".
+        over: what x is, "step", "images" or "seconds".
     """
     series = {}
     for key, group in _groups(rows).items():
@@ -440,7 +507,7 @@ def page(result: Mapping[str, Any]) -> str:
     for name, over in itertools.product((metric, *grid.get("also", [])), ("images", "seconds")):
         series = history(result["rows"], name, over)
         if series:
-            text = "Means over seeds, of few samples, less what as few add to the teacher's score."
+            text = "Means over seeds. Where fewer samples are scored on the way, less what as few add to the teacher's."
             lines = {"teacher": teachers_scores[name]} if name in teachers_scores else {}
             values = [y for points in series.values() for _, y in points]
             decades = min(values) > 0 and max(values) > 5 * min(values)

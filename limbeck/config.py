@@ -74,6 +74,7 @@ class Evaluation:
             file (.pt, a program: named on the command line or in Python only) or, in Python, a module.
         quantize: score images as 8-bit values.
         mmd_scale: length in whose units the kernels of `mmd` have their widths; None = the exact law's sigma_data.
+        watched: samples of the scores on the way (`every.evaluate`); 0 = a quarter of `samples`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -87,6 +88,7 @@ class Evaluation:
     features: Any = None
     quantize: bool = True
     mmd_scale: float | None = None
+    watched: int = 0
 
     def __post_init__(self) -> None:
         if not (self.features is None or isinstance(self.features, str | nn.Module)):
@@ -96,6 +98,8 @@ class Evaluation:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
         if self.mmd_scale is not None and not 0 < self.mmd_scale < math.inf:
             raise ValueError(f"mmd_scale: must be positive and finite, got {self.mmd_scale}")
+        if self.watched < 0 or self.watched == 1:
+            raise ValueError(f"watched: must be 0 (a quarter of samples) or at least 2, got {self.watched}")
 
 
 @dataclass(frozen=True)

@@ -121,13 +121,14 @@ class RatioScale(State):
     """Brings a critic's ratio down to E_fake[r] = 1 at every noise level, as the true ratio has it.
 
     The mean of exp(logit) over fake samples is kept per bin of the time law's u, as a moving average over turns. A mean
-    below 1 is left: samples that have strayed from the data have a small ratio in truth, and one brought up to 1 would
-    tell them that they are where they should be.
+    below 1 is left, unless `raised`: samples that have strayed from the data have a small ratio in truth, and one
+    brought up to 1 would tell them that they are where they should be.
 
     Args:
         bins: equal intervals of u.
         decay: weight of the old mean.
         limit: bound on |logit|; how often it binds is counted in `clipped`.
+        raised: bring a mean below 1 up to 1.
     """
 
     mean: Tensor
@@ -135,9 +136,9 @@ class RatioScale(State):
     count: Tensor
     clipped: Tensor
 
-    def __init__(self, bins: int = 10, decay: float = 0.9, limit: float = 10.0) -> None:
+    def __init__(self, bins: int = 10, decay: float = 0.9, limit: float = 10.0, raised: bool = False) -> None:
         super().__init__()
-        self.decay, self.limit = decay, limit
+        self.decay, self.limit, self.raised = decay, limit, raised
         self.register_buffer("mean", torch.ones(bins, dtype=torch.float64))
         self.register_buffer("total", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("count", torch.zeros(bins, dtype=torch.float64))
@@ -151,7 +152,8 @@ class RatioScale(State):
             self.clipped += (logits.abs() > self.limit).sum()
             self.total.index_add_(0, bins, bounded.double().exp())
             self.count.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
-        return (bounded - self.mean[bins].clamp(min=1).log().to(logits.dtype)).exp()
+        mean = self.mean[bins] if self.raised else self.mean[bins].clamp(min=1)
+        return (bounded - mean.log().to(logits.dtype)).exp()
 
     def commit(self) -> None:
         seen = self.count > 0

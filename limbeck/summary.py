@@ -237,9 +237,9 @@ def _scores(job: Job, model: nn.Module) -> Scores:
 
 
 def watched(model: nn.Module, judge: Judge, settings: Evaluation) -> dict[str, float]:
-    """Scores on the validation indices and the judge's separate half, from a quarter of the final samples."""
+    """Scores on the validation indices and the judge's separate half, of `settings.watched` samples."""
     sampler, nfe, shape, classes = sampler_of(model, settings.teacher_steps)
-    count = max(2, settings.samples // 4)
+    count = settings.watched or max(2, settings.samples // 4)
     return measure(
         sampler, nfe, judge.watching(), shape, classes, samples=count, seed=settings.seed, first=VALIDATION
     ).metrics

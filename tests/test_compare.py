@@ -1,7 +1,9 @@
 """Comparisons: variants times grid, means over seeds, and the studies that the repository keeps."""
 
 import json
+import math
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -83,7 +85,7 @@ def row(variant: str, seed: int, **metrics: float) -> dict[str, Any]:
 
 def test_means_are_over_seeds() -> None:
     rows = [row("a", 0, mmd=1.0, mode_recall=0.5), row("a", 1, mmd=3.0, mode_recall=1.0), row("b", 0, mmd=5.0)]
-    a, b = compare._over_seeds(rows, ["mmd", "mode_recall"])
+    a, b = compare._over_seeds(rows, ["mmd", "mode_recall"], None, {})
     assert (a["variant"], a["seeds"], a["student"], a["spread"], a["floor"]) == (
         "a",
         2,
@@ -120,6 +122,55 @@ def test_what_few_samples_add_is_taken_off() -> None:
     rows = [{"images": 1, "metrics": {"fd": 3.0, "recall": 0.5, "other": 7.0}}]
     (row,) = compare.levelled(rows, {"fd": 2.5, "recall": 0.7}, {"fd": 1.0, "recall": 0.75, "c2st": 0.5})
     assert row == {"images": 1, "metrics": {"fd": 1.5, "recall": pytest.approx(0.55), "other": 7.0}}
+
+
+def test_mmd_is_levelled_by_its_square() -> None:
+    """Few samples add to MMD squared; a difference of roots or logarithms is larger where the score is small."""
+
+    def told(gap: float) -> dict[str, float]:
+        return {"mmd": math.sqrt(gap), "mmd2": gap, "log_mmd2": math.log(gap)}
+
+    history = [{"images": n, "metrics": told(gap)} for n, gap in ((1, 0.9), (2, 0.05), (3, 0.02))]
+    for row, gap in zip(compare.levelled(history, told(0.04), told(0.01)), (0.87, 0.02, 0.0), strict=True):
+        assert row["metrics"]["mmd2"] == pytest.approx(gap - 0.01 * (gap == 0.0), abs=1e-15)
+        assert row["metrics"]["mmd"] == pytest.approx(math.sqrt(gap))
+        assert row["metrics"]["log_mmd2"] == pytest.approx(math.log(gap or 1e-300))
+
+
+def test_scores_may_be_means_of_the_last_ones_on_the_way(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny, "every": {"evaluate": 2, "sample": 0}}
+    base["evaluate"] = {**base["evaluate"], "watched": base["evaluate"]["samples"]}
+    for last in (None, 1, 2):
+        grid = {"metric": "mmd", "also": ["log_density"], "base": base, "grid": {"seed": [0, 1]}}
+        (tmp_path / "study.toml").write_text(config.dump_toml(grid | ({} if last is None else {"last": last})))
+        told = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)
+        for name, key in (("mmd", "student"), ("log_density", "log_density")):
+            seeds = [
+                row["student"]["metrics"][name]
+                if last is None
+                else statistics.fmean(entry["metrics"][name] for entry in row["history"][-last:])
+                for row in told["rows"]
+            ]
+            assert told["summary"][0][key] == pytest.approx(statistics.fmean(seeds))
+    # as many samples as at the end: nothing is taken off
+    logged = [json.loads(line) for line in (tmp_path / "out" / "seed_0" / "log.jsonl").read_text().splitlines()]
+    assert told["rows"][0]["history"] == [row for row in logged if "metrics" in row]
+
+
+def test_better_than_perfect_is_flagged(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """By more than three standard errors of the mean: of the seeds, and at least of a perfect sampler's score."""
+    three = [-6.84, -6.85, -6.86]  # spread 0.01, error 0.00577
+    assert not compare.beyond(three, -6.85 - 0.0172, 0.008) and compare.beyond(three, -6.85 - 0.0174, 0.008)
+    assert not compare.beyond([-6.8], -6.85, 0.02) and compare.beyond([-6.8], -6.85, 0.016)
+    assert compare.beyond([-9.0], -8.5, 0.1, lower=True) and not compare.beyond([-8.0], -8.5, 0.1, lower=True)
+    base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny}
+    for anchor, flagged in ((-1e3, "log_density"), (1e3, None)):
+        grid = {"metric": "mmd", "also": ["log_density"], "base": base, "grid": {"seed": [0, 1]}}
+        grid["anchors"] = {"log_density": [anchor, 0.01], "mmd": [1e-9, 1e-9]}
+        (tmp_path / "study.toml").write_text(config.dump_toml(grid))
+        told = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)
+        assert told["summary"][0]["better than perfect"] == flagged
+        assert ("better than perfect" in compare.page(told)) == bool(flagged)
 
 
 def test_the_power_of_images_is_that_of_a_power_law() -> None:
@@ -266,6 +317,10 @@ def test_a_signal_ends_all_workers_and_the_comparison_goes_on(tmp_path: Path, ti
 
 MISTAKES: dict[str, tuple[str, str]] = {
     "target": ('target = 0', "target: must be a positive factor"),
+    "last": ("last = 0", "last: must be a number of scores on the way, got 0"),
+    "last of none": ("last = 3", "last: seed_0 has fewer than 3 scores on the way"),
+    "anchors": ("anchors.mmd = 3", "anchors.mmd: must be [score, standard deviation above 0], got 3"),
+    "anchor of another": ("anchors.fid = [3, 1]", "anchors.fid: must be the metric or one of `also`"),
     "metric": ('metric = "fid"', "metric: seed_0 will not have 'fid'"),
     "also": ('also = ["mmdd"]', "metric: seed_0 will not have 'mmdd'"),
     "also as text": ('also = "mmd"', "also: must be a list"),

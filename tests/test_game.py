@@ -151,15 +151,15 @@ def test_before_its_gate_uni_instruct_is_the_reverse_kl(name: str) -> None:
 
 
 def shown(method: UniInstruct | FDistill, game: Game, nets: nn.ModuleDict, feed: Batch) -> dict[str, Tensor]:
-    """What a step shows a loss with a critic; r = exp(logit), over its mean where that is above 1, with its graph."""
+    """What a step shows a loss with a critic; r = exp(logit) with its graph, over its mean (or 1)."""
     view = game.view(nets, LAW, feed, method.levels)
     assert view.logits is not None
-    mean = nets["ratio"].mean[(feed.u * method.ratio_bins).long()]
+    mean = nets["ratio"].mean[(feed.u * method.ratio_bins).long()].clamp(min=0 if method.ratio_raised else 1)
     normalizer = 1 / ((view.x - view.real) / LAW.unit).abs().mean(1).detach()
     adversarial = 0.3 * 2 * nn.functional.softplus(-view.logits)
     return {
         "x": view.x, "noisy": view.noisy, "sigma": view.sigma, "fake": view.fake, "real": view.real, "w": normalizer,
-        "r": view.logits.exp() / mean.clamp(min=1), "adversarial": adversarial, "logits": view.logits,
+        "r": view.logits.exp() / mean, "adversarial": adversarial, "logits": view.logits,
     }  # fmt: skip
 
 
@@ -174,12 +174,12 @@ def with_ratio(method: Any) -> nn.ModuleDict:
     return nets
 
 
-@pytest.mark.parametrize("limit", [0.02, math.inf])
+@pytest.mark.parametrize(("limit", "raised"), [(0.02, False), (math.inf, False), (math.inf, True)])
 @pytest.mark.parametrize("name", TABLE)
-def test_a_step_of_uni_instruct_has_the_exact_terms(name: str, limit: float) -> None:
+def test_a_step_of_uni_instruct_has_the_exact_terms(name: str, limit: float, raised: bool) -> None:
     """Past its gate: h with the critic's graph, the path term, the pull up to its limit, SiD's normaliser over all."""
     game, row, feed = Game(adversarial=Adversarial(weight=0.3)), TABLE[name], batch()
-    method = UniInstruct(divergence=name, pull_limit=limit, game=game)
+    method = UniInstruct(divergence=name, pull_limit=limit, ratio_raised=raised, game=game)
     nets = with_ratio(method)
     v = shown(method, game, nets, feed)
     delta = v["fake"] - v["real"]
@@ -203,10 +203,11 @@ def test_a_step_of_uni_instruct_has_the_exact_terms(name: str, limit: float) -> 
     assert nets["pull"].told()["limited"] == (squares > limit * v["sigma"] ** 2).sum() * 2  # two calls
 
 
+@pytest.mark.parametrize("raised", [False, True])
 @pytest.mark.parametrize("name", TABLE)
-def test_a_step_of_f_distill_is_weighted_by_h(name: str) -> None:
+def test_a_step_of_f_distill_is_weighted_by_h(name: str, raised: bool) -> None:
     game, feed = Game(adversarial=Adversarial(weight=0.3)), batch()
-    method = FDistill(divergence=name, game=game)
+    method = FDistill(divergence=name, ratio_raised=raised, game=game)
     nets = with_ratio(method)
     v = shown(method, game, nets, feed)
     h = TABLE[name].score(v["r"]) / 2
@@ -507,12 +508,14 @@ def test_the_ratio_is_brought_down_to_mean_one_and_clipping_is_counted() -> None
     assert scale.told()["clipped_logits"].item() == 2 * (logits.abs() > 10).sum().item() > 0
 
 
-def test_samples_that_have_strayed_keep_their_small_ratio() -> None:
+@pytest.mark.parametrize("raised", [False, True])
+def test_samples_that_have_strayed_keep_their_small_ratio(raised: bool) -> None:
     """All of them far from the data: a mean of 1 would make them look as if they were where they should be."""
-    scale, u = RatioScale(bins=2, decay=0.0), (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    scale, u = RatioScale(bins=2, decay=0.0, raised=raised), (torch.arange(8, dtype=torch.float64) + 0.5) / 8
     logits = torch.full((8,), -5.0, dtype=torch.float64)
-    for _ in range(3):
-        assert torch.allclose(scale.ratio(logits, u), logits.exp(), rtol=1e-12, atol=0)
+    for turn in range(3):
+        told = torch.ones(8, dtype=torch.float64) if raised and turn else logits.exp()
+        assert torch.allclose(scale.ratio(logits, u), told, rtol=1e-12, atol=0)
         scale.commit()
 
 

@@ -75,6 +75,8 @@ def table(name: str) -> str:
     seeds = f"{rows[0]['seeds']} seed{'s' * (rows[0]['seeds'] != '1')}"
     facts = [seeds if key == "seeds" else f"{key} {rows[0][key]}" for key in shared if key in rows[0]]
     keys = [key for key in keys if key not in shared]
+    if last := result["grid"].get("last"):
+        facts.append(f"means of the last {last} scores on the way")
     return "\n".join(
         [
             f"{', '.join([result['metric'], *facts])}:",
@@ -82,6 +84,7 @@ def table(name: str) -> str:
             line(keys),
             line(["---"] * len(keys)),
             *(line([row.get(key, "-") for key in keys]) for row in rows),
+            *perfect(result, keys),
             "",
             *lacking(result),
             f"*{origin(result)}.*",
@@ -173,6 +176,15 @@ def spelled(row: dict[str, Any]) -> dict[str, str]:
         if key in WHOLE:
             told[key] = f"{value:,.0f}"
     return told
+
+
+def perfect(result: dict[str, Any], keys: list[str]) -> list[str]:
+    """The row of a perfect sampler, where its scores are known."""
+    known = {
+        "student" if metric == result["metric"] else metric: f"{cell(score)} ± {cell(deviation)}"
+        for metric, (score, deviation) in result["grid"].get("anchors", {}).items()
+    }
+    return [line(["a perfect sampler", *(known.get(key, "") for key in keys[1:])])] if known else []
 
 
 def lacking(result: dict[str, Any]) -> list[str]:

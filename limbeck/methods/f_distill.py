@@ -13,6 +13,8 @@ switch                 default                                     what else
 ``divergence``         ``jensen_shannon``, the paper's best        any of the table; ``reverse_kl`` is DMD2
 ratio                  per sample, at most E_fake[r] = 1 in        the code clamps r to [0.1, 20] and also divides h by
                        bins of u; never divided by a batch mean    its batch mean
+``ratio_raised``       off: a mean ratio below 1 is left           on: brought up to 1, as the true ratio's is; where
+                                                                   all samples have strayed, weights say little
 ``weight``             ``dmd``: 1 / mean |x - D_real|              ``uniform``: 1
 ``game.adversarial``   softplus on features of the fake score      ``features = "teacher"``, as one public port has it
 fake steps             2                                           the paper builds on DMD2, which has 5
@@ -52,6 +54,7 @@ class FDistill:
         levels: law of the noise in the generator's turn.
         weight: uniform, or dmd.
         ratio_bins: bins of u in which the ratio is brought down to mean 1.
+        ratio_raised: a mean below 1 is brought up to 1 too.
         game: what methods with a fake score share; its critic gives the ratio.
     """
 
@@ -65,6 +68,7 @@ class FDistill:
     levels: Law = field(default_factory=LogNormal)
     weight: Literal["uniform", "dmd"] = "dmd"
     ratio_bins: int = 10
+    ratio_raised: bool = False
     game: Game = field(default_factory=lambda: Game(fake_steps=2, adversarial=Adversarial(weight=3e-3)))
 
     def __post_init__(self) -> None:
@@ -76,7 +80,8 @@ class FDistill:
             raise ValueError("game.adversarial: f-distill takes its density ratio from a critic")
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
-        return {**self.game.players(template, generator), "ratio": RatioScale(self.ratio_bins)}
+        ratio = RatioScale(self.ratio_bins, raised=self.ratio_raised)
+        return {**self.game.players(template, generator), "ratio": ratio}
 
     def optimizers(self) -> dict[str, Optimizer]:
         return self.game.optimizers()

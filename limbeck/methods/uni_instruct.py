@@ -19,6 +19,8 @@ switch                 default                                     what else
 ratio                  exp(logit) with its graph to x_sigma,       ``as_released``: the code's L / (L - 1), constant,
                        at most E_fake[r] = 1 in bins of u          of the adversarial loss L = w d softplus(-logit), in
                                                                    the hundreds; here per sample, there of a micro-batch
+``ratio_raised``       off: a mean ratio below 1 is left           on: brought up to 1, as the true ratio's is; where
+                                                                   all samples have strayed, the student then flees
 ``pull_limit``         |D_fake - D_real|^2 / sigma^2 in the third  inf: the exact gradient, which flees from the data
                        term counts up to 1                         where a critic lags
 ``normalizer``         ``l1``: 1 / mean |x - D_real|, constant     ``none``
@@ -120,6 +122,7 @@ class UniInstruct:
         pull_limit: largest |D_fake - D_real|^2 / sigma^2 in the third term; inf = exact.
         normalizer: l1, or none.
         ratio_bins: bins of u in which the ratio is brought down to mean 1.
+        ratio_raised: a mean below 1 is brought up to 1 too.
         game: what methods with a fake score share; its critic gives the ratio. reverse_kl needs none: with an
             adversarial weight of 0 it has none, and no real samples are read.
     """
@@ -135,6 +138,7 @@ class UniInstruct:
     pull_limit: float = 1.0
     normalizer: Literal["l1", "none"] = "l1"
     ratio_bins: int = 10
+    ratio_raised: bool = False
     game: Game = field(default_factory=lambda: Game(adversarial=Adversarial(after=100_000)))
 
     def __post_init__(self) -> None:
@@ -166,7 +170,7 @@ class UniInstruct:
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         """The players of the game and, with a critic, its ratio's running mean and the count of limited pulls."""
         made = self._game.players(template, generator)
-        ratio = {"ratio": RatioScale(self.ratio_bins), "pull": Count("limited")}
+        ratio = {"ratio": RatioScale(self.ratio_bins, raised=self.ratio_raised), "pull": Count("limited")}
         return made | (ratio if self.needs_real else {})
 
     def optimizers(self) -> dict[str, Optimizer]:
