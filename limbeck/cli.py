@@ -150,9 +150,11 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    if text[:1] in ("[", "{"):
+    """What a value means: lists (in parentheses too, as help prints them) and tables as TOML has them, else text."""
+    bare = f"[{text[1:-1]}]" if text[:1] == "(" and text[-1:] == ")" else text
+    if bare[:1] in ("[", "{"):
         try:
-            return tomllib.loads(f"value = {text}")["value"]
+            return tomllib.loads(f"value = {bare}")["value"]
         except tomllib.TOMLDecodeError:
             return text
     return text

@@ -243,7 +243,9 @@ class Recipe:
 
 
 # what may change when a run is continued
-FREE = ("steps", "every", "evaluate", "health", "micro_batches", "sharded", "checkpointing", "compile")
+FREE = (
+    "steps", "every", "evaluate", "health", "keep", "threads", "micro_batches", "sharded", "checkpointing", "compile",
+)  # fmt: skip
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,6 +10,11 @@ import tyro
 
 from limbeck import cli, config, methods
 
+# every key takes a value, and a list is one value: as the command line reads them
+FORMS = (
+    tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections,
+)  # fmt: skip
+
 
 def print_keys(verb: str, method: str | None) -> None:
     """Print the keys of `verb`; `method` picks the objective whose fields are shown.
@@ -23,7 +28,7 @@ def print_keys(verb: str, method: str | None) -> None:
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):  # tyro leaves after printing help
             tyro.cli(
                 target, prog=f"limbeck {verb} {form}", args=["--help"], default=default, use_underscores=True,
-                config=(tyro.conf.AvoidSubcommands,),
+                config=FORMS,
             )  # fmt: skip
         text = printed.getvalue()
         for field, key in cli.RENAMED.get(verb, {}).items():

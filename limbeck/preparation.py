@@ -32,6 +32,8 @@ def provider_for(recipe: Recipe, teacher: Denoiser) -> Provider | None:
         ValueError: if the data do not fit.
     """
     if recipe.real.source.startswith("teacher:"):
+        if teacher.contexts:  # labels are balanced and looked up, points of [0, 1]^classes cannot be
+            raise ValueError("real.source: samples kept of a teacher do not go with contexts; leave real.source out")
         return None
     if recipe.real.source == "auto" and (provider := exact_provider(teacher)):
         return provider
@@ -106,6 +108,8 @@ class Preparation:
         return trainer, seconds
 
     def _teacher_provider(self, job: loop.Job, count: int, tell: Tell) -> Provider:
+        if self.teacher.contexts:
+            raise ValueError("warm_start: teachers of contexts that are no exact laws need warm_start = 0")
         pairs = self._pairs(job, count, tell)
         if pairs.cond is None:
             return provider_of(pairs.x, None)

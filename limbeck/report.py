@@ -335,6 +335,16 @@ PRODUCTS: dict[str, Product] = {
         "This page shows how close the student comes to its teacher, what that cost, and how to repeat it.",
         "distill",
     ),
+    "gan": Product(
+        "Generator",
+        "trained against a discriminator",
+        "generator",
+        "trained on",
+        "A generator turns noise into a sample by one call of a neural network. This one was trained from data, "
+        "against a second network that tells its samples from real ones. "
+        "This page shows how close its samples come to real ones, what that cost, and how to repeat it.",
+        "teach",
+    ),
     "denoiser": Product(
         "Model",
         "a diffusion model",
@@ -358,8 +368,8 @@ PRODUCTS: dict[str, Product] = {
 
 READINGS: dict[str, str] = {
     "loss/generator": (
-        "PID's loss falls as the student learns. Losses that compare two scores have no meaningful level: "
-        "only a sudden jump or a steady drift away says something."
+        "PID's loss falls as the student learns. Losses that compare two scores, and those of GANs, have no meaningful "
+        "level: only a sudden jump or a steady drift away says something."
     ),
     "loss/fake": (
         "How well the tracking network knows the student's present samples. It should fall, then stay level; "
@@ -571,7 +581,8 @@ class _Run:
         given = report.get("method")
         name = _text(given.get("name")) if isinstance(given, Mapping) else _text(given)
         method, idea = METHODS.get(name, (name, ""))
-        product = PRODUCTS.get(_text(report.get("kind")), PRODUCTS["generator"])
+        kind = "gan" if name == "gan" else _text(report.get("kind"))
+        product = PRODUCTS.get(kind, PRODUCTS["generator"])
         student = _Side.read("student", product.name, _mapping(report.get("student")))
         floor, halves = _mapping(report.get("floor")), _mapping(report.get("halves"))
         best = _mapping(report.get("best"))

@@ -16,10 +16,10 @@ import torch
 from limbeck import artifact
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import rank_and_world, wait_for_all
-from limbeck.evaluate.draws import generate, latents
+from limbeck.evaluate.draws import latents
 from limbeck.files import write_atomically
 from limbeck.objective import Pairs
-from limbeck.randomness import seed_of
+from limbeck.randomness import seed_of, stream
 from limbeck.sample import heun
 from limbeck.source import one_hot
 
@@ -29,7 +29,7 @@ PART = 500
 def teacher_pairs(
     teacher: Denoiser, count: int, seed: int, steps: int, folder: Path, drawn: Callable[[int], None]
 ) -> Pairs:
-    """`count` latents with what Heun's method of `steps` steps makes of them, and uniform labels where there are any.
+    """`count` latents with what Heun's method of `steps` steps makes of them, and uniform conditions if it has any.
 
     Args:
         folder: where parts are read from, or else written to.
@@ -40,11 +40,15 @@ def teacher_pairs(
 
     def part(start: int) -> Pairs:
         path = folder / f"{key:016x}-{start:09d}.safetensors"
-        asked = latents(seed, range(start, start + PART), teacher.shape, teacher.classes, "teacher")
+        labels = 0 if teacher.contexts else teacher.classes
+        asked = latents(seed, range(start, start + PART), teacher.shape, labels, "teacher")
         cond = None if asked.labels is None else one_hot(asked.labels, teacher.classes)
+        if teacher.contexts:
+            cond = torch.rand(PART, teacher.classes, generator=stream(seed, "teacher's contexts", start))
         x = _read(path)
         if x is None or x.shape != asked.z.shape:
-            x = generate(lambda z, cond: heun(teacher, z, steps, cond=cond), asked, teacher.classes)
+            with torch.no_grad():
+                x = heun(teacher, asked.z, steps, cond=cond)
             write_atomically(path, safetensors.torch.save({"x": x}, {"sha256": _hash(x)}))
         drawn(min(count, start + PART))
         return Pairs(asked.z, x, cond)

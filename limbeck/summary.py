@@ -337,7 +337,7 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
     columns: dict[str, Any] = {name: result[key] for name, key in places.items() if result.get(key)}
     columns |= truth_columns(result, result.get("recipe", {}).get("evaluate", {}).get("samples"))
     if not columns:
-        return ["no scores: there is no reference for this teacher (set evaluate.data and evaluate.features)"]
+        return ["no scores: there is nothing to compare with (set evaluate.data and evaluate.features)"]
     return table_of(columns)
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import limbeck
-from limbeck import artifact, checkpoint, cli, networks
+from limbeck import artifact, checkpoint, cli, config, methods, networks
 from limbeck.denoiser import Preconditioned
 from limbeck.generator import OneStep
 from limbeck.methods import METHODS
@@ -385,6 +385,25 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str], verb: str) -> No
         for key in keys.get(verb, []):
             assert re.search(f"--{key}\\b", told.out), key
         assert "--label" not in told.out and "--role" not in told.out
+
+
+@pytest.mark.parametrize(("verb", "method"), [("distill", "sid"), ("distill", "vardiu"), ("teach", "gan")])
+def test_what_help_prints_can_be_typed(
+    verb: str, method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key with its default, as help has them, together are the defaults."""
+    monkeypatch.setenv("COLUMNS", "110")  # one column
+    assert run(f"{verb} --help --method {method}") == 0
+    told = " ".join(re.sub("[│╭╮╰╯─]", "", capsys.readouterr().out).split())
+    printed = re.findall(r"--([\w.]+) (\S+) (?:(?!--).)*?\(default: (.*?)\) (?=--|\w+(?:\.\w+)* options|$)", told + " ")
+    typed = [f"--{key}={default.strip(chr(39))}" for key, _, default in printed if default != "None"]
+    assert len(typed) > 40 and "--compile=False" in typed and "--optimizer.generator.betas=(" in " ".join(typed)
+    words, keys = cli.parse(typed)
+    table: dict[str, Any] = {"method": {"name": method}}
+    for key, value in keys.items():
+        config.set_dotted(table, key, value)
+    known = methods.METHODS if verb == "distill" else config.TEACHING
+    assert not words and config.resolve(table, known) == config.resolve({"method": method}, known)
 
 
 def test_help_shows_the_fields_of_the_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,15 @@ def test_pairs_of_a_conditional_teacher_have_labels(tmp_path: Path) -> None:
     torch.testing.assert_close(pairs.x, heun(load("digits"), pairs.z, 3, cond=pairs.cond), rtol=1e-4, atol=1e-5)
 
 
+def test_pairs_of_a_policy_have_contexts(tmp_path: Path) -> None:
+    policy = load("exact:policy4")
+    first = stock.teacher_pairs(policy, 600, 0, 3, tmp_path, lambda done: None)
+    again = stock.teacher_pairs(policy, 600, 0, 3, tmp_path, lambda done: None)
+    assert first.cond is not None and again.cond is not None and torch.equal(first.cond, again.cond)
+    assert first.cond.unique().numel() == 600 and first.cond.min() < 0.02 and first.cond.max() > 0.98
+    torch.testing.assert_close(first.x, heun(policy, first.z, 3, cond=first.cond))
+
+
 @pytest.mark.parametrize("game", [{}, {"adversarial": {"weight": 0.1}}], ids=["no critic", "a critic"])
 def test_training_without_data_opens_none(
     game: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

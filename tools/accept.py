@@ -20,12 +20,13 @@ import faults
 import torch
 from torch import nn
 
-from limbeck import artifact, config, folder, loop, methods, resources, run
+from limbeck import artifact, config, folder, loop, methods, resources, run, teachers
 from limbeck.compare import compare
 from limbeck.data import Data
 from limbeck.evaluate import ImageJudge, Reference, measure
 from limbeck.evaluate.draws import latents
 from limbeck.evaluate.judge import bundled_judge
+from limbeck.evaluate.quadrature import kullback_leibler
 from limbeck.files import write_atomically
 from limbeck.health import Looks
 from limbeck.machine import commit, machine, peak_memory_mib, versions
@@ -221,6 +222,40 @@ def gan_refinement() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def vdd_recovers() -> dict[str, Any]:
+    """VDD with its defaults on both toys, four seeds: KL(student || teacher), by a sum over a grid, at most 0.02."""
+    rows = []
+    for name, steps, reach in (("exact:mixture8", 500, 6.0), ("exact:policy4", 500, 5.0)):
+        teacher = teachers.load(name)
+        contexts = (0.0, 0.25, 0.5, 0.75, 1.0) if teacher.contexts else (None,)
+        for seed in range(4):
+            with tempfile.TemporaryDirectory() as out:
+                keys = {"teacher": name, "method": "vdd", "steps": steps, "batch": 128, "seed": seed, "threads": 1}
+                keys |= {"evaluate": {"samples": 100, "teacher_steps": 2}}
+                recipe = config.resolve(keys, methods.METHODS)
+                seconds = run.run_distillation(recipe, Path(out) / "run", print)["seconds"]
+                student = artifact.load_generator(Path(out) / "run").double()
+            found = [divergence(student, teacher, context, reach) for context in contexts]
+            rows.append({"teacher": name, "seed": seed, "steps": steps, "kl": found, "seconds": seconds})
+    return {
+        "rows": rows, "contexts": contexts, "versions": versions(), "machine": machine(), "commit": commit(),
+        "checks": [
+            (f"{row['teacher']}, seed {row['seed']}: KL {max(row['kl']):.4f} <= 0.02", max(row["kl"]) <= 0.02)
+            for row in rows
+        ],
+    }  # fmt: skip
+
+
+def divergence(student: Any, teacher: Any, context: float | None, reach: float, points: int = 241) -> float:
+    """KL(student || teacher) of two densities of the plane, in a context if they have any."""
+    if context is None:
+        return kullback_leibler(student.log_prob, teacher.log_prob, reach, points)
+    cond = torch.full((points**2, 1), context, dtype=torch.float64)
+    return kullback_leibler(
+        lambda x: student.log_prob(x, cond), lambda x: teacher.log_prob(x, 0.0, cond), reach, points
+    )
+
+
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "methods-ring8": lambda: compared("methods-ring8", ring8),
     "pid-digits": lambda: compared("pid-digits", pid_digits),
@@ -229,6 +264,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pid-trend-digits": lambda: compared("pid-trend-digits", trend),
     "evaluation-memory": evaluation_memory,
     "gan-refinement": gan_refinement,
+    "vdd": vdd_recovers,
     "faults": survived,
     "safety-cost": safety_cost,
 }

@@ -11,6 +11,7 @@ A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     switches  a comparison of variants "NAME" and "NAME + SWITCH": images until what NAME scores at its end
     measured  a method's rows in the comparisons of all methods
     refined   a GAN before and after its refinement
+    recovered divergences of VDD's students from laws that are known
 """
 
 import dataclasses
@@ -344,9 +345,21 @@ def refined(name: str) -> str:
     return "\n".join([*rows, "", f"*{where}.*", ""])
 
 
+def recovered(name: str) -> str:
+    """The Markdown table of results/NAME.json: the divergence of a student from its law, by seed."""
+    result = stored(name)
+    rows = []
+    for row in result["rows"]:
+        ends = dict.fromkeys(f"{end(row['kl']):.4f}" for end in (min, max))
+        rows.append(line([row["teacher"], *map(cell, (row["seed"], row["steps"], " to ".join(ends), row["seconds"]))]))
+    heads = ["teacher", "seed", "steps", "KL", "seconds"]
+    return "\n".join([line(heads), line(["---"] * 5), *rows, "", f"*{origin(result)}.*", ""])
+
+
 KINDS = {
     "results": table, "ledger": ledger, "fields": fields, "cost": cost, "faults": injected,
     "safety": safety, "refined": refined, "tuned": tuned, "switches": switches, "measured": measured,
+    "recovered": recovered,
 }  # fmt: skip
 
 

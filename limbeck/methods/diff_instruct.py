@@ -54,8 +54,8 @@ class DiffInstruct:
     Attributes:
         levels: law of the noise in the generator's turn.
         weight: uniform, or dmd.
-        dropout_replay: see the ledger.
-        updated_at: see the ledger.
+        dropout_replay: teacher and fake score have dropout, with equal masks, in the generator's turn.
+        updated_at: noise input at which a plain generator is updated; None = at which it samples.
         game: what methods with a fake score share.
     """
 

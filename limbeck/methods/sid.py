@@ -62,7 +62,7 @@ class SiD:
     """Hyper-parameters of SiD. Noise levels are in units of sigma_data / 0.5.
 
     Attributes:
-        alpha: see the ledger.
+        alpha: 1/2 is the one unbiased value; above 1 the update has a point of no return.
         levels: law of the noise in the generator's turn.
         normalizer: l1, or none.
         loss_scale: factor on the generator's loss.

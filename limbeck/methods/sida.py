@@ -51,7 +51,7 @@ class SiDA:
     """Hyper-parameters of SiDA. Noise levels are in units of sigma_data / 0.5.
 
     Attributes:
-        alpha: see `sid`.
+        alpha: as that of `sid`.
         levels: law of the noise in the generator's turn.
         game: what methods with a fake score share.
     """

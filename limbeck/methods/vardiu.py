@@ -37,7 +37,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ from limbeck.noise import Power
 from limbeck.objective import Batch, Turn, perturb
 from limbeck.optimizer import Optimizer
 
-Exponent = Literal[0, 1, 2, 4]
+EXPONENTS = (0, 1, 2, 4)
 
 
 def vardiu_bound(
@@ -93,9 +93,9 @@ class VarDiU:
     """Hyper-parameters of VarDiU. Noise levels are in units of sigma_data / 0.5.
 
     Attributes:
-        weight: exponent of the weight's noise level.
+        weight: exponent of the weight's noise level: 0, 1, 2 or 4.
         as_released: the public code's constant weight.
-        control_variate: see the ledger.
+        control_variate: (D - x) / sigma^2 in the place of the teacher's score, equal to it in the mean.
         antithetic: each latent with both signs of its noise.
         posterior: diagonal, full or flow; full and flow read points.
         sigma_init: level at which the generator calls its network.
@@ -108,7 +108,7 @@ class VarDiU:
     product: ClassVar[str] = "generator"
     needs_real: ClassVar[bool] = False
 
-    weight: Exponent = 2
+    weight: int = 2
     as_released: bool = False
     control_variate: bool = True
     antithetic: bool = True
@@ -119,7 +119,7 @@ class VarDiU:
     anneal: int = 500_000
 
     def __post_init__(self) -> None:
-        if self.weight not in get_args(Exponent):
+        if self.weight not in EXPONENTS:
             raise ValueError(f"weight: must be 0, 1, 2 or 4, got {self.weight}")
         if self.posterior not in get_args(posteriors.Kind):
             raise ValueError(f"posterior: must be diagonal, full or flow, got {self.posterior!r}")

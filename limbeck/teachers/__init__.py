@@ -79,7 +79,7 @@ def load(source: str, network: type[nn.Module] | None = None) -> Denoiser:
         path = artifact.locate(rest if kind == "file" and rest else source, "denoiser")
     except ValueError:
         raise ValueError(
-            f"teacher: no file or bundled teacher {source!r}; expected digits, exact:{'|'.join(EXACT)}, "
+            f"teacher: no file or bundled teacher {source!r}; expected digits, fashion, exact:{'|'.join(EXACT)}, "
             "exact:FILE.toml, exact:FILE.npz, edm:FILE.pkl, diffusers:DIR or file:PATH"
         ) from None
     card = own.card_of(path)
