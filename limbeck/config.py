@@ -186,6 +186,8 @@ class Recipe:
         clip: largest gradient norm.
         threads: CPU threads; results are bit-equal only at equal threads.
         keep: checkpoints kept.
+        every: steps between rows of the log, checkpoints, grids of samples and scores on the way.
+        evaluate: how the model is judged.
         health: what a run does when it falls ill.
     """
 

@@ -3,12 +3,13 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from limbeck import config, methods
+from limbeck import compare, config, methods
 from limbeck.critic import Adversarial
 from limbeck.game import Game, Guidance
 from limbeck.report import METHODS
@@ -38,6 +39,13 @@ def test_the_example_of_a_feature_network_runs(tmp_path: Path, monkeypatch: pyte
     names: dict[str, Any] = {}
     exec(compile(example.replace("steps=100", "steps=2"), "evaluation.md", "exec"), names)
     assert names["report"]["recipe"]["evaluate"]["features"].endswith("Corners>")
+
+
+def test_the_examples_of_the_recipes_page_are_valid() -> None:
+    recipe, grid = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
+    resolved = config.resolve(tomllib.loads(recipe), methods.METHODS)
+    assert (resolved.steps, resolved.optimizer["generator"].lr) == (3000, 1e-3)
+    assert len(compare._cells(tomllib.loads(grid), Path("grid.toml"), None)) == 12
 
 
 @pytest.mark.parametrize("name", methods.TABLE)

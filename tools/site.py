@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "Start": ["README.md"],
     "Use": [
+        "docs/recipes.md",
         "docs/import.md",
         "docs/teachers.md",
         "docs/evaluation.md",

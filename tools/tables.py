@@ -3,7 +3,7 @@
 A table stands between `<!-- KIND:NAME -->` and `<!-- end -->`:
     results   a file of results/
     ledger    where a method's paper, code and file differ, from its module's docstring
-    fields    a method's settings, from its class
+    fields    settings of a method, or of a table of recipes, from their class
     cost      a part of results/cost.json
     faults    what `make faults` or `make accept` injected, and what became of it
     safety    what a run's safety takes of its time
@@ -24,7 +24,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck import compare, methods
+from limbeck import compare, config, methods
+from limbeck.critic import Adversarial
+from limbeck.ema import Average
+from limbeck.game import Game, Guidance
+from limbeck.optimizer import Optimizer
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (\w+):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -221,16 +225,26 @@ def ledger(method: str) -> str:
     return "\n".join([line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:]), ""])
 
 
-def fields(method: str) -> str:
-    """The Markdown table of a method's settings: name, default, meaning."""
-    cls = methods.METHODS[method]
+SHARED: dict[str, type] = {
+    "recipe": config.Recipe, "every": config.Every, "optimizer": Optimizer, "ema": Average, "real": config.Real,
+    "evaluate": config.Evaluation, "health": config.Health, "game": Game, "adversarial": Adversarial,
+    "guidance": Guidance,
+}  # fmt: skip
+
+
+def fields(name: str) -> str:
+    """The Markdown table of the settings of a method or of a table of recipes: name, default, meaning."""
+    cls = SHARED.get(name) or methods.METHODS[name]
     about = re.search(r"Attributes:\n(.*)", inspect.getdoc(cls) or "", re.DOTALL)
-    assert about is not None, method
+    assert about is not None, name
     meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", about[1], re.MULTILINE))
-    rows = [
-        line([f"`{f.name}`", f"`{shown(getattr(cls(), f.name))}`", re.sub(r"\s+", " ", meanings[f.name])])
-        for f in dataclasses.fields(cls)
-    ]
+    rows = []
+    for f in dataclasses.fields(cls):
+        meaning = re.sub(r"\s+", " ", meanings[f.name]).replace("<", "&lt;")
+        default = default_of(cls, f.name)
+        rows.append(
+            line([f"`{f.name}`", "" if default in (None, dataclasses.MISSING) else f"`{shown(default)}`", meaning])
+        )
     return "\n".join([line(["key", "default", "what"]), line(["---"] * 3), *rows, ""])
 
 
@@ -294,7 +308,7 @@ def shown(value: Any) -> str:
 
 
 def default_of(cls: type, name: str) -> Any:
-    """A dataclass field's default, whether a value or made by a factory."""
+    """A dataclass field's default, whether a value or made by a factory; MISSING if it has none."""
     (f,) = (f for f in dataclasses.fields(cls) if f.name == name)
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
