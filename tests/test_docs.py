@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import limbeck
 from limbeck import compare, config, methods
 from limbeck.critic import Adversarial
 from limbeck.game import Game, Guidance
@@ -39,6 +40,15 @@ def test_the_example_of_a_feature_network_runs(tmp_path: Path, monkeypatch: pyte
     names: dict[str, Any] = {}
     exec(compile(example.replace("steps=100", "steps=2"), "evaluation.md", "exec"), names)
     assert names["report"]["recipe"]["evaluate"]["features"].endswith("Corners>")
+
+
+def test_the_method_of_the_page_on_adding_one_learns(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    text = (ROOT / "docs" / "add-a-method.md").read_text()
+    names: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    told = limbeck.distill("exact:ring8", names["Mine"](), out=tmp_path / "run", tell=lambda line: None, **tiny)
+    assert "mmd" in told["student"]["metrics"]
+    assert "health/gap" in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 def test_the_examples_of_the_recipes_page_are_valid() -> None:

@@ -260,7 +260,7 @@ def cost(part: str) -> str:
             for name, row in makers.items():
                 cells = [f"{network}: {name}", row["batch"], row["images_per_second"], row["ms_at_batch_1"]]
                 rows.append(line([cell(c) for c in cells]))
-        return f"Adam, foreach / fused: {one['ratio']:.1f} times the time.\n\n" + "\n".join(rows) + "\n"
+        return f"Adam with `foreach` takes {one['ratio']:.1f} times as long as fused.\n\n" + "\n".join(rows) + "\n"
     if part == "switches":
         switches = told[part]
         if "compiled" in told:
