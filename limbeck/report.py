@@ -270,11 +270,11 @@ COLUMNS = {"nfe": "network calls", "ms_per_image": "ms per image"}
 # Names as the papers spell them, with what the method does in one clause.
 METHODS: dict[str, tuple[str, str]] = {
     "sds": ("SDS", "a single sample moves along the teacher's score until the teacher finds it likely at every level"),
-    "sida": ("SiDA", "SiD, helped by a discriminator on real images that grows out of the tracking network"),
-    "sim": ("SIM", "the student shrinks a robust distance between the teacher's score and that of a tracking network"),
+    "sida": ("SiDA", "SiD, helped by a discriminator on real images that grows out of the fake score"),
+    "sim": ("SIM", "the student shrinks a robust distance between the teacher's score and the fake score"),
     "dmd": (
         "DMD",
-        "the student moves to where the teacher finds its samples likelier than a tracking network does, and keeps to "
+        "the student moves to where the teacher finds its samples likelier than a fake score does, and keeps to "
         "pairs of noise and teacher samples",
     ),
     "f_distill": (
@@ -287,9 +287,9 @@ METHODS: dict[str, tuple[str, str]] = {
     ),
     "diff_instruct": (
         "Diff-Instruct",
-        "a second network tracks the student's samples, and the student moves to where the teacher finds them likelier",
+        "a second network learns the score of the student's samples, which move to where the teacher finds them likelier",
     ),
-    "sid": ("SiD", "the student shrinks the gap between the teacher's clean estimate and that of a tracking network"),
+    "sid": ("SiD", "the student shrinks the gap between the teacher's clean estimate and that of the fake score"),
     "uni_instruct": (
         "Uni-Instruct",
         "the student shrinks a chosen f-divergence to the teacher, written as a sum over noise levels",
@@ -372,8 +372,8 @@ READINGS: dict[str, str] = {
         "level: only a sudden jump or a steady drift away says something."
     ),
     "loss/fake": (
-        "How well the tracking network knows the student's present samples. It should fall, then stay level; "
-        "a rise means that the student moves faster than it is tracked."
+        "How well the fake score knows the student's present samples. It should fall, then stay level; "
+        "a rise means that the student moves faster than the fake score learns."
     ),
     "loss/generator+posterior": (
         "How badly the posterior guesses the latent, weighted: the posterior's share of the bound. It falls as the "
