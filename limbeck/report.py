@@ -287,7 +287,7 @@ METHODS: dict[str, tuple[str, str]] = {
     ),
     "diff_instruct": (
         "Diff-Instruct",
-        "a second network learns the score of the student's samples, which move to where the teacher finds them likelier",
+        "a second network learns the student's samples, which then move to where the teacher finds them likelier",
     ),
     "sid": ("SiD", "the student shrinks the gap between the teacher's clean estimate and that of the fake score"),
     "uni_instruct": (
