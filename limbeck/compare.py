@@ -90,7 +90,7 @@ def compare(
         if key not in KEYS:
             raise ValueError(f"{path}: {key}: unknown key, expected one of {', '.join(KEYS)}")
     check_folder(out)
-    cells = _cells(grid, path, features)
+    cells = cells_of(grid, path, features)
     judges = _checked(grid, path, out, cells)
     metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
     earlier = {} if known is None else _earlier(known, grid, cells, path, tell)
@@ -265,7 +265,7 @@ def _checked(
     return judges
 
 
-def _cells(grid: Mapping[str, Any], path: Path, features: str | None) -> list[tuple[str, dict[str, Any], Recipe]]:
+def cells_of(grid: Mapping[str, Any], path: Path, features: str | None) -> list[tuple[str, dict[str, Any], Recipe]]:
     """(name, varied settings, recipe) of every cell, all validated."""
     base, axes, variants = grid.get("base", {}), grid.get("grid", {}), grid.get("variant", [{}])
     for name, table in (("base", base), ("grid", axes)):

@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 
 
 def cells(**grid: Any) -> dict[str, tuple[dict[str, Any], config.Recipe]]:
-    return {name: (settings, recipe) for name, settings, recipe in compare._cells({"base": BASE, **grid}, HERE, None)}
+    return {name: (settings, recipe) for name, settings, recipe in compare.cells_of({"base": BASE, **grid}, HERE, None)}
 
 
 def test_variants_are_combined_with_the_whole_grid() -> None:
@@ -183,7 +183,7 @@ def test_the_power_of_images_is_that_of_a_power_law() -> None:
 def test_studies_are_valid(path: Path) -> None:
     grid = config.read_toml(path)
     assert not {*grid} - {*compare.KEYS}
-    assert compare._cells(grid, path, None)
+    assert compare.cells_of(grid, path, None)
 
 
 def test_two_variants_run(tmp_path: Path, tiny: dict[str, Any]) -> None:

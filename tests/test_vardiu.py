@@ -30,8 +30,6 @@ from limbeck.noise import Power
 from limbeck.objective import Batch, perturb
 from limbeck.posterior import Diagonal, Encoder, Full, SplineFlow
 
-pytest.importorskip("zuko")
-
 SD = 0.5
 LEVELS = (0.03, 0.1, 0.4)
 LAW = Power(0.02, 0.5, 2.0)

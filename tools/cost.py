@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from limbeck import bench, config, methods, speed, teachers
+from limbeck import bench, compare, config, methods, speed, teachers
 from limbeck.files import write_atomically
 from limbeck.generator import OneStep
 from limbeck.machine import commit, machine, versions
@@ -125,6 +125,24 @@ def channels_last(network: torch.nn.Module, repeats: int) -> dict[str, Any]:
     return {"of": "on / off", "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
+def iterations() -> dict[str, Any]:
+    """Time of an iteration of every variant of the VarDiU study, alternating with its first one; one thread."""
+    torch.set_num_threads(1)
+    path = ROOT / "studies" / "vardiu-mog40.toml"
+    recipes = {
+        settings["variant"]: recipe
+        for _, settings, recipe in compare.cells_of(config.read_toml(path), path, None)
+        if settings["seed"] == 0 and not settings["variant"].endswith("1M")
+    }
+    base, told = next(iter(recipes)), {}
+    for name, recipe in recipes.items():
+        pair = {name: recipe, f"{base}, the other": recipes[base]}
+        result = bench.bench(pair, repeats=7, steps=20)
+        told[name] = {"ms": 1000 * result["settings"][name]["seconds_per_step"], "time": result["ratio"]}
+        print(name, told[name], file=sys.stderr, flush=True)
+    return {"rows": told, "versions": versions(), "machine": machine(), "commit": commit()}
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "switches": switches,
     "compiled": lambda: switched("cifar10", "compiled"),
@@ -132,6 +150,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "sampling": sampling,
     "digits": lambda: steps("digits", 128, 7, 20),
     "fashion": lambda: steps("fashion", 32, 3, 2),
+    "vardiu": iterations,
     "cifar10": lambda: steps("<untrained>", 8, 3, 1, "cifar10"),
 }
 
@@ -142,7 +161,7 @@ def main() -> int:
     told = json.loads(path.read_text()) if path.is_file() else {}
     for part in sys.argv[1:] or PARTS:
         told[part] = PARTS[part]()
-        if part not in ("switches", "compiled"):  # the first says of itself where it was measured
+        if part not in ("switches", "compiled", "vardiu"):  # these say where they were measured
             told |= {
                 "note": "absolute times are those of a machine that others may use at the same time",
                 "versions": versions(), "machine": machine(), "commit": commit(),

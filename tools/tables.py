@@ -261,6 +261,13 @@ def cost(part: str) -> str:
                 cells = [f"{network}: {name}", row["batch"], row["images_per_second"], row["ms_at_batch_1"]]
                 rows.append(line([cell(c) for c in cells]))
         return f"Adam with `foreach` takes {one['ratio']:.1f} times as long as fused.\n\n" + "\n".join(rows) + "\n"
+    if part == "vardiu":
+        rows = [line(["variant", "ms per iteration", "times the first one's"]), line(["---"] * 3)]
+        for name, row in told[part]["rows"].items():
+            rows.append(
+                line([name, f"{row['ms']:.1f}", "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time"])])
+            )
+        return "\n".join([*rows, "", f"*{origin(told[part])}.*", ""])
     if part == "switches":
         switches = told[part]
         if "compiled" in told:

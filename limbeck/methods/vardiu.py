@@ -25,6 +25,12 @@ switch                 default                                     what else
                                                                    through a plain network first
 ``anneal``             power rises linearly over 0.5 M images      the code: steps of 0.01 every 1,000 iterations, from
                                                                    0.1 to 2.0
+posterior's std        softplus(r) sigma / sigma_data: softplus    the code: softplus(r) sigma
+                       is of order 1 at small noise
+baseline's fake score  preconditioned as EDM's, and its weight     the code: predicts x from raw inputs, with the weight
+                                                                   of EDM for a sigma_data of 10
+flow                   rational-quadratic splines, coordinates     the code: LU permutations between splines
+                       reversed between them
 network inputs         scaled by the noise level, as EDM's         the code: raw values, sigma appended twice
 =====================  ==========================================  ==================================================
 """
