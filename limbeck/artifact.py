@@ -56,7 +56,8 @@ def locate(source: str, kind: str) -> Path:
     names = sorted(p.name.removesuffix(f"-{kind}.safetensors") for p in bundled("").glob(f"*-{kind}.safetensors"))
     if source in names:
         return bundled(f"{source}-{kind}.safetensors")
-    raise ValueError(f"{kind}: no file {source!r}, and no bundled {kind} of that name (there is: {', '.join(names)})")
+    known = f"no bundled {kind} of that name (there is: {', '.join(names)})" if names else f"no {kind} is bundled"
+    raise ValueError(f"{kind}: no file {source!r}, and {known}")
 
 
 def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
