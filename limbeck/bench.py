@@ -12,7 +12,8 @@ A method's step should cost its network passes and nothing else. `Meter` splits 
 
 each without what it calls of another part. Times are compared within one process, in turns: `compare` plays a step of
 one setting, then of the other, so that a machine that others load slows both, and gives the ratios pair by pair. The
-largest rate of a matrix multiplication is measured between the steps, so that "fraction of peak" is of the same minute.
+largest rate of a matrix multiplication is measured before and after every repeat, so that "fraction of peak" is of the
+same minute.
 
 FLOPs are counted by torch, as 2 per multiplication and addition in matrix products, convolutions and attention. Torch
 has no formula for the attention that a CPU runs; it is registered here.
@@ -225,7 +226,8 @@ def prepared(
 
     Real samples and pairs are noise of the data's scale; there is no judge, and nothing is written.
     """
-    real = Real("teacher:1") if recipe.method.needs_real else Real()
+    exact = teacher is None and (recipe.teacher or "").startswith("exact:")  # such a law is its own source
+    real = Real("teacher:1") if recipe.method.needs_real and not exact else Real()
     recipe = dataclasses.replace(recipe, real=real, evaluate=Evaluation())
     if teacher is not None:
         recipe = dataclasses.replace(recipe, teacher=f"<{type(teacher).__name__}>")
@@ -290,6 +292,7 @@ def bench(
             "step_mib": round(watch.top / 2**20, 2),
         }
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
+    around: dict[str, list[float]] = {name: [] for name in sides}
     peaks = [matmul_peak()]
     for number in range(repeats):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
@@ -299,8 +302,8 @@ def bench(
                 for _ in range(steps):
                     trainer.advance(source)
             parts[name].append({key: value / steps for key, value in meter.seconds.items()})
-        peaks.append(matmul_peak())
-    peak = statistics.median(peaks)
+            peaks.append(matmul_peak())
+            around[name].append((peaks[-2] + peaks[-1]) / 2)
     times = {name: [sum(each.values()) for each in repeated] for name, repeated in parts.items()}
     for name, recipe in recipes.items():
         seconds = statistics.median(times[name])
@@ -312,11 +315,15 @@ def bench(
             "parts": _by_part(middle),
             "turns": {turn: _by_part({k: v for k, v in middle.items() if k[0] == turn}) for turn, _ in middle},
             "gflop_per_second": told[name]["flops_per_image"] * recipe.batch / seconds / 1e9,
-            "fraction_of_peak": told[name]["flops_per_image"] * recipe.batch / seconds / peak,
+            # each repeat against the peak measured right before and after it
+            "fraction_of_peak": statistics.median(
+                told[name]["flops_per_image"] * recipe.batch / each / peak
+                for each, peak in zip(times[name], around[name], strict=True)
+            ),
         }
     result: dict[str, Any] = {
         "settings": told,
-        "peak_gflop_per_second": peak / 1e9,
+        "peak_gflop_per_second": statistics.median(peaks) / 1e9,
         "peak_memory_mib": peak_memory_mib(),
         "note": "absolute times are those of a machine that others may use at the same time; ratios and shares are "
         "of steps played in turns in one process",
@@ -356,10 +363,12 @@ def _counts(trainer: Trainer, recipe: Recipe, meter: Meter) -> dict[str, Any]:
 
 
 def flops_of_a_pass(trainer: Trainer) -> int:
-    """FLOPs of one forward pass of the product's network for one image."""
+    """FLOPs of one forward pass of the product's network, or else the teacher's, for one image; 0 without one."""
     product = trainer.nets[trainer.objective.product]
     home = next((m for m in product.modules() if isinstance(m, Denoiser)), trainer.teacher)
-    weight = next(home.parameters(), torch.zeros(()))
+    weight = next(home.parameters(), None)
+    if weight is None:
+        return 0
     x = torch.zeros(1, *home.shape, dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), flop_counter() as counter:
         home(x, torch.ones(1, dtype=x.dtype, device=x.device), x.new_zeros(1, home.classes) if home.classes else None)
@@ -388,6 +397,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         for turn, parts in side["turns"].items():
             spent = ", ".join(f"{part} {100 * value / total:.1f}%" for part, value in parts.items())
             out.append(f"  {turn or 'between turns'}: {spent}")
+    out.append(f"resident memory at its largest: {result['peak_memory_mib']:,} MiB")
     if "ratio" in result:
         r = result["ratio"]
         out.append(f"time of {r['of']}: {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})")

@@ -601,6 +601,9 @@ def _bench(words: list[str], keys: dict[str, Any]) -> None:
     tables = {"one": _table(source, dict(keys), "teacher", "pid")}
     if other:
         tables["other"] = _table(source, {**keys, **other}, "teacher", "pid")
+    for table in tables.values():
+        if "data" in table:
+            raise Mistake(f"SOURCE: {source} teaches, and bench measures distillations")
     recipes = {name: config.resolve(table, methods.METHODS, foreign=True) for name, table in tables.items()}
     teacher = None if options.untrained is None else bench.untrained(options.untrained)
     threads = recipes["one"].threads

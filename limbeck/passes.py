@@ -58,7 +58,7 @@ class Passes:
 
     Attributes:
         compiled: whether calls are compiled: off until `Trainer.compile` has tried it.
-        failed: why compiling failed, in one line; "" = it has not.
+        tell: is told in one line that, and why, compiling has failed.
         around: put around every call of a network, given its role: for meters.
 
     Raises:
@@ -76,7 +76,8 @@ class Passes:
                     raise ValueError(f"{key}{name}: this role has no weights to compute with; leave it out")
         self.roles, self.checkpointing = dict(roles), tuple(checkpointing)
         self.precision = {role: kind for role, kind in precision.items() if kind != "fp32"}
-        self.compiled, self.failed = False, ""
+        self.compiled = False
+        self.tell: Callable[[str], None] = lambda line: None
         self.around: Callable[[str, Call], Call] | None = None
         self._made: dict[tuple[nn.Module, str], Call] = {}
         self._inside: set[nn.Module] = set()
@@ -164,7 +165,8 @@ class Passes:
     def give_up(self, error: Exception) -> None:
         """Run uncompiled from now on."""
         self.compiled = False
-        self.failed = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.tell(f"compile: failed ({why}); the networks run uncompiled")
 
 
 def _reduced(call: Call, dtype: torch.dtype) -> Call:

@@ -83,6 +83,18 @@ def test_passes_of_a_step(name: str, teacher: Denoiser, encoder: float) -> None:
     assert passes(M[name](), teacher) == pytest.approx(COSTS[name](encoder), rel=0.02)
 
 
+def test_points_have_no_network_of_the_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    for law in ("exact:mixture8", "exact:policy4"):
+        assert cli.main(["bench", law, "--method", "vdd", "--batch", "8", "--repeats", "1", "--threads", "1"]) == 0
+        assert "GFLOP per image = no network" in capsys.readouterr().out
+
+
+def test_recipes_that_teach_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "digits-teacher.toml"
+    assert cli.main(["bench", str(recipe)]) == 2
+    assert "digits-teacher.toml teaches, and bench measures distillations" in capsys.readouterr().err
+
+
 def test_guidance_doubles_the_guided_passes() -> None:
     labelled = unet(classes=3)
     method = M["sid"](game=Game(guidance=Guidance(1.5, 1.5, 1.5)))
@@ -107,7 +119,7 @@ def test_two_settings_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = json.loads(out.read_text())
     assert [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
         "one", "between turns", "fake", "generator", "other", "between turns", "fake", "generator",
-        "time of one / other",
+        "resident memory at its largest", "time of one / other",
     ]  # fmt: skip
     one, other = told["settings"]["one"], told["settings"]["other"]
     assert one["flops_per_image"] == pytest.approx(other["flops_per_image"], rel=1e-12)

@@ -389,6 +389,50 @@ def test_compiled_networks_keep_their_names_and_results(monkeypatch: pytest.Monk
     assert meter.seconds["generator", "teacher"] > 0 and meter.seconds["fake", "forward"] > 0
 
 
+def test_a_compiler_that_fails_later_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does for calls that no rehearsal has seen; the pass is made without it."""
+    rehearsed: list[bool] = []
+
+    def compiled(call: Any) -> Any:
+        def made(*args: Any) -> Any:
+            if rehearsed:
+                raise RuntimeError("a shape\nthat is new")
+            return call(*args)
+
+        return made
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    made, plain = trainer("sid"), trainer("sid")
+    lines: list[str] = []
+    made.compile(noise(), lines.append)
+    assert made.passes.compiled and not lines
+    rehearsed.append(True)
+    for one in (made, plain):
+        for _ in range(2):
+            one.advance(noise())
+    assert lines == ["compile: failed (RuntimeError: a shape that is new); the networks run uncompiled"]
+    assert torch.equal(weights(made), weights(plain))
+
+
+def test_gated_turns_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn that begins later, and a compiler that fails in its backward pass: known before the first step."""
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    made = trainer("sid")
+    turns = made.objective.turns
+
+    def gated(step: int, images: int) -> Any:
+        for turn in turns(step, images):
+            yield turn if images < 1e6 else turn._replace(loss=broken)
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("behind the gate")
+
+    monkeypatch.setattr(type(made.objective), "turns", lambda self, step, images: gated(step, images))
+    lines: list[str] = []
+    made.compile(noise(), lines.append)
+    assert lines == ["compile: failed (RuntimeError: behind the gate); the networks run uncompiled"]
+
+
 def test_without_a_compiler_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     import torch._inductor.config

@@ -100,7 +100,7 @@ class VDD:
         still = mixture.detached()
         x = mixture.means + (mixture.factors @ batch.eps[:, None, :, None]).squeeze(-1)  # (B, K, d)
         with torch.no_grad():
-            flat = x.flatten(0, 1)
+            flat = x.detach().flatten(0, 1)
             level = flat.new_full((len(flat),), self.sigma * teacher.unit)
             rows = None if batch.cond is None else batch.cond.repeat_interleave(x.shape[1], 0)
             score = ((teacher(flat, level, rows) - flat) / level[:, None] ** 2).reshape(x.shape)
