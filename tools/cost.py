@@ -6,10 +6,12 @@ Two threads, one process, one thing at a time; what is compared is played in tur
 
 import copy
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,23 @@ METHODS = ("pid", "diff_instruct", "sid", "uni_instruct")
 
 
 def steps(teacher: str, batch: int, repeats: int, each: int, untrained: str | None = None) -> dict[str, Any]:
-    """Benches of the methods on one network, by method."""
+    """Benches of the methods on one network, by method; in processes of their own, for their largest memory."""
     told = {}
-    home = None if untrained is None else bench.untrained(untrained)
     for name in METHODS:
-        recipe = config.resolve({"teacher": teacher, "method": name, "batch": batch}, methods.METHODS)
-        result = bench.bench({name: recipe}, home, repeats=repeats, steps=each)
-        print("\n".join(bench.lines(result)), file=sys.stderr)
-        told[name] = {**result["settings"][name], "peak_gflop_per_second": result["peak_gflop_per_second"]}
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            result = pool.submit(step_of, name, teacher, batch, repeats, each, untrained).result()
+        print("\n".join(bench.lines(result)), file=sys.stderr, flush=True)
+        peaks = {key: result[key] for key in ("peak_gflop_per_second", "peak_memory_mib")}
+        told[name] = {**result["settings"][name], **peaks}
     return told
+
+
+def step_of(name: str, teacher: str, batch: int, repeats: int, each: int, untrained: str | None) -> dict[str, Any]:
+    """The bench of a method."""
+    torch.set_num_threads(2)
+    home = None if untrained is None else bench.untrained(untrained)
+    recipe = config.resolve({"teacher": teacher, "method": name, "batch": batch}, methods.METHODS)
+    return bench.bench({name: recipe}, home, repeats=repeats, steps=each)
 
 
 def optimizers(numbers: int = 40, side: int = 512, repeats: int = 9) -> dict[str, float]:
@@ -74,6 +84,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "teacher in bf16": {"precision": {"teacher": "bf16"}},
     "all passes in bf16": {"precision": {"teacher": "bf16", "generator": "bf16"}},
     "checkpointing of the generator": {"checkpointing": ["generator"]},
+    "teacher in fp16": {"precision": {"teacher": "fp16"}},
+    "all passes in fp16": {"precision": {"teacher": "fp16", "generator": "fp16"}},
     "2 micro-batches": {"micro_batches": 2},
     "compiled": {"compile": True},
 }
@@ -87,7 +99,7 @@ def switches() -> dict[str, Any]:
     told["cifar10"] = {name: switched("cifar10", name) for name in SWITCHES if name != "compiled"}
     full: Any = bench.untrained("cifar10")
     told["cifar10"]["channels-last, one network"] = {"batch": 2, "time": channels_last(full.network.train(), 5)}
-    return told | {"versions": versions(), "machine": machine(), "commit": commit()}
+    return told
 
 
 def switched(network: str, name: str) -> dict[str, Any]:
@@ -140,12 +152,85 @@ def iterations() -> dict[str, Any]:
         result = bench.bench(pair, repeats=7, steps=20)
         told[name] = {"ms": 1000 * result["settings"][name]["seconds_per_step"], "time": result["ratio"]}
         print(name, told[name], file=sys.stderr, flush=True)
-    return {"rows": told, "versions": versions(), "machine": machine(), "commit": commit()}
+    return told
 
 
+def inner() -> dict[str, Any]:
+    """What is built in, beside how it would be done otherwise: time of one over that of the other; one thread."""
+    torch.set_num_threads(1)
+    teacher: Any = teachers.load("digits")
+    player: Any = copy.deepcopy(teacher).train().requires_grad_(True)
+    z = torch.randn(128, *teacher.shape)
+    sigma, cond = torch.linspace(0.1, 20, 128), torch.eye(10)[torch.arange(128) % 10]
+    weights = list(player.parameters())
+    average = [w.detach().clone() for w in weights]
+    query = torch.randn(128, 4, 64, 32)
+
+    def one_call() -> None:
+        player(torch.cat([z, z]), sigma.repeat(2), cond.repeat(2, 1)).sum().backward()
+
+    def two_calls() -> None:
+        (player(z, sigma, cond).sum() + player(z, sigma, cond).sum()).backward()
+
+    def without_graph() -> None:
+        with torch.no_grad():
+            teacher(z, sigma, cond)
+
+    def with_graph() -> None:
+        player(z, sigma, cond)
+
+    def at_once() -> None:
+        torch._foreach_lerp_(average, [w.detach() for w in weights], 1e-3)
+
+    def one_by_one() -> None:
+        for mean, weight in zip(average, weights, strict=True):
+            mean.lerp_(weight.detach(), 1e-3)
+
+    def fused() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+    def explicit() -> None:
+        (query @ query.transpose(-1, -2) / 32**0.5).softmax(-1) @ query
+
+    pairs: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+        "PID's two branches in one call, against two": (one_call, two_calls),
+        "a pass without a graph, against one with": (without_graph, with_graph),
+        "moving average of all weights at once, against one by one": (at_once, one_by_one),
+        "fused attention, against the formula": (fused, explicit),
+        "RAdam for all weights at once, against one by one": (radam(weights, True), radam(weights, False)),
+    }
+    return {name: {"time": in_turns(*pair)} for name, pair in pairs.items()}
+
+
+def radam(weights: list[torch.nn.Parameter], foreach: bool) -> Callable[[], None]:
+    """An update of copies of these weights."""
+    copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    for one in copies:
+        one.grad = torch.randn_like(one)
+    optimizer = torch.optim.RAdam(copies, lr=1e-4, foreach=foreach)
+    return lambda: optimizer.step() and None
+
+
+def in_turns(one: Callable[[], None], other: Callable[[], None], repeats: int = 15, each: int = 5) -> dict[str, Any]:
+    """Ratios of the times of two calls that alternate."""
+    ratios = []
+    for number in range(repeats + 1):
+        times = []
+        for call in (one, other):
+            start = time.perf_counter()
+            for _ in range(each):
+                call()
+            times.append(time.perf_counter() - start)
+        if number:  # the first one warms up
+            ratios.append(times[0] / times[1])
+    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+ALONE = ("switches", "compiled", "inner", "vardiu")  # on one thread
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "switches": switches,
     "compiled": lambda: switched("cifar10", "compiled"),
+    "inner": inner,
     "optimizer": optimizers,
     "sampling": sampling,
     "digits": lambda: steps("digits", 128, 7, 20),
@@ -158,15 +243,13 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 def main() -> int:
     torch.set_num_threads(2)
     path = ROOT / "results" / "cost.json"
-    told = json.loads(path.read_text()) if path.is_file() else {}
     for part in sys.argv[1:] or PARTS:
-        told[part] = PARTS[part]()
-        if part not in ("switches", "compiled", "vardiu"):  # these say where they were measured
-            told |= {
-                "note": "absolute times are those of a machine that others may use at the same time",
-                "versions": versions(), "machine": machine(), "commit": commit(),
-            }  # fmt: skip
-    write_atomically(path, json.dumps(told, indent=1) + "\n")
+        rows = PARTS[part]()
+        where = {**machine(), "threads": 1 if part in ALONE else 2}
+        told = json.loads(path.read_text()) if path.is_file() else {}
+        told["note"] = "absolute times are those of a machine that others may use at the same time"
+        told[part] = {"rows": rows, "versions": versions(), "machine": where, "commit": commit()}
+        write_atomically(path, json.dumps(told, indent=1) + "\n")
     return 0
 
 

@@ -119,30 +119,44 @@ def switches(name: str) -> str:
     """The table of a comparison of switches, each alone: what it scores, and the images until the base's own quality.
 
     That quality is 1.05 times the mean of the base's final scores; what the base itself needs for it is counted alike.
+    A ratio stands where all seeds of both come there; it is that of the means, its range that of the seeds.
     """
     result = stored(name)
     metric = result["metric"]
     found: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         found.setdefault(row["settings"]["variant"], []).append(row)
-    rows = []
+    rows, fewer = [], {}
     for variant, group in found.items():
         base = found[variant.split(" + ")[0]]
         level = 1.05 * statistics.fmean(row["student"]["metrics"][metric] for row in base)
         needs, until = (images_until(runs, metric, level) for runs in (base, group))
         scores = [row["student"]["metrics"][metric] for row in group]
-        cells = [variant, around(scores, cell), f"{group[0]['images']:,}", f"{len(until)} of {len(group)}", "-", "-"]
-        if needs and len(until) == len(group):
-            cells[-2:] = around(until, "{:,.0f}".format), f"{statistics.fmean(needs) / statistics.fmean(until):.2f}"
+        reached = [at for at in until if at is not None]
+        cells = [variant, around(scores, cell), f"{group[0]['images']:,}", f"{len(reached)} of {len(group)}", "-", "-"]
+        if None not in needs and None not in until and len(needs) == len(until):
+            times = [a["images"] / b["images"] for a, b in zip(needs, until, strict=True)]  # by seed
+            means = [statistics.fmean(at["images"] for at in runs) for runs in (needs, until)]
+            fewer[variant] = means[0] / means[1]
+            cells[-2] = around([at["images"] for at in until], "{:,.0f}".format)
+            cells[-1] = f"{fewer[variant]:.2f}" + (f" ({min(times):.2f} to {max(times):.2f})" if len(times) > 1 else "")
         rows.append(line(cells))
     heads = ["variant", metric, "images in all", "reached the base's", "images until", "times fewer"]
-    return "\n".join([line(heads), line(["---"] * len(heads)), *rows, "", *lacking(result), f"*{origin(result)}.*", ""])
+    told = [line(heads), line(["---"] * len(heads)), *rows, ""]
+    for last in dict.fromkeys(variant.split(" + ")[1] for variant in found if " + " in variant):
+        best = [fewer[f"{base} + {last}"] for base in found if f"{base} + {last}" in fewer]
+        if last.startswith("tuned") and len(best) == sum(f"{base} + {last}" in found for base in found):
+            told += [
+                f"`{last}`: {statistics.median(best):.2f} times fewer images, the median of {len(best)} methods.",
+                "",
+            ]
+    return "\n".join([*told, *lacking(result), f"*{origin(result)}.*", ""])
 
 
-def images_until(group: list[dict[str, Any]], metric: str, level: float) -> list[float]:
-    """Images at the first watched step at or below a score, of the seeds that came there."""
-    found = (compare.reached(row.get("history", []), metric, level) for row in group)
-    return [at["images"] for at in found if at is not None]
+def images_until(group: list[dict[str, Any]], metric: str, level: float) -> list[Any]:
+    """Images and seconds at the first watched step at or below a score, by seed; None for one that never came there."""
+    ordered = sorted(group, key=lambda row: row["settings"]["seed"])
+    return [compare.reached(row.get("history", []), metric, level) for row in ordered]
 
 
 def around(values: list[float], text: Callable[[float], str]) -> str:
@@ -249,60 +263,77 @@ def fields(name: str) -> str:
 
 
 def cost(part: str) -> str:
-    """The Markdown tables of what `tools/cost.py` measured."""
+    """The Markdown table of a part of what `tools/cost.py` measured."""
     told = stored("cost")
-    if part != "other" and part not in told:
+    if part not in told:
         return "*Not measured yet.*\n"
-    if part == "other":
-        one = told["optimizer"]
-        rows = [line(["sampler", "batch", "images/s", "ms for one image"]), line(["---"] * 4)]
-        for network, makers in told["sampling"].items():
-            for name, row in makers.items():
-                cells = [f"{network}: {name}", row["batch"], row["images_per_second"], row["ms_at_batch_1"]]
-                rows.append(line([cell(c) for c in cells]))
-        return f"Adam with `foreach` takes {one['ratio']:.1f} times as long as fused.\n\n" + "\n".join(rows) + "\n"
-    if part == "vardiu":
-        rows = [line(["variant", "ms per iteration", "times the first one's"]), line(["---"] * 3)]
-        for name, row in told[part]["rows"].items():
-            rows.append(
-                line([name, f"{row['ms']:.1f}", "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time"])])
-            )
-        return "\n".join([*rows, "", f"*{origin(told[part])}.*", ""])
-    if part == "switches":
-        switches = told[part]
-        if "compiled" in told:
-            switches["cifar10"]["compiled"] = told["compiled"]
-        rows = [line(["switch", "network, batch", "time, on / off", "graphs", "step in all"]), line(["---"] * 5)]
-        for network in ("cifar10", "digits"):
-            for name, row in switches[network].items():
-                ratio = "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time"])
-                memory = (f"{row[key]:.2f}" if key in row else "-" for key in ("graph_mib", "step_mib"))
-                rows.append(line([name, f"{network}, {row['batch']}", ratio, *memory]))
-        return "\n".join([*rows, "", f"*{origin(switches)}.*", ""])
+    found = told[part]["rows"]
+    rows = {
+        "optimizer": optimizers, "sampling": samplers, "switches": on_and_off, "inner": inner, "vardiu": iterations,
+    }.get(part, steps)(found)  # fmt: skip
+    if part == "switches" and "compiled" in told:
+        rows += [ratio_row("compiled", "cifar10", told["compiled"]["rows"])]
+    return "\n".join([*rows, "", f"*{origin(told[part])}.*", ""])
+
+
+def steps(found: dict[str, Any]) -> list[str]:
+    """Rows of a bench, by method."""
     keys = ("teacher", "forward", "backward", "optimizer", "ema", "rest")
     head = [
-        "method",
-        "batch",
-        "images/s",
-        "GFLOP per image",
-        "passes",
-        "share of peak",
-        "s per step, all",
-        "graphs, MiB",
-    ]
+        "method", "batch", "images/s", "GFLOP per image", "passes", "share of peak", "s per step, all", "graphs, MiB",
+        "step, MiB", "process, MiB",
+    ]  # fmt: skip
     rows = [line([*head, *(f"{key}, %" for key in keys)]), line(["---"] * (len(head) + len(keys)))]
-    for name, side in told[part].items():
+    for name, side in found.items():
         spread = " to ".join(f"{end(side['all_seconds']):.3g}" for end in (min, max))
         numbers = (
             side["batch"], side["images_per_second"], side["flops_per_image"] / 1e9, side["passes"],
-            side["fraction_of_peak"], spread, side["graph_mib"],
+            side["fraction_of_peak"], spread, side["graph_mib"], side.get("step_mib"), side.get("peak_memory_mib"),
         )  # fmt: skip
         shares = (f"{100 * side['parts'].get(key, 0) / side['seconds_per_step']:.1f}" for key in keys)
         rows.append(line([name, *(cell(n) for n in numbers), *shares]))
-    where = told["machine"]
-    commit = f"commit {told['commit'][:9]}{'+' if told['commit'].endswith('+') else ''}"
-    versions = f"torch {told['versions']['torch']}"
-    return "\n".join([*rows, "", f"*{commit}, {versions}, {where['processor']}, {where['threads']} threads.*", ""])
+    return rows
+
+
+def optimizers(found: dict[str, Any]) -> list[str]:
+    return [f"Adam with `foreach` takes {found['ratio']:.1f} times as long as fused."]
+
+
+def samplers(found: dict[str, Any]) -> list[str]:
+    rows = [line(["sampler", "batch", "images/s", "ms for one image"]), line(["---"] * 4)]
+    for network, makers in found.items():
+        for name, row in makers.items():
+            cells = [f"{network}: {name}", row["batch"], row["images_per_second"], row["ms_at_batch_1"]]
+            rows.append(line([cell(c) for c in cells]))
+    return rows
+
+
+def on_and_off(found: dict[str, Any]) -> list[str]:
+    rows = [line(["switch", "network, batch", "time, on / off", "graphs", "step in all"]), line(["---"] * 5)]
+    return rows + [ratio_row(*key, row) for key, row in by_network(found)]
+
+
+def by_network(found: dict[str, Any]) -> list[tuple[tuple[str, str], dict[str, Any]]]:
+    return [((name, network), row) for network in ("cifar10", "digits") for name, row in found[network].items()]
+
+
+def ratio_row(name: str, network: str, row: dict[str, Any]) -> str:
+    memory = (f"{row[key]:.2f}" if key in row else "-" for key in ("graph_mib", "step_mib"))
+    return line([name, f"{network}, {row['batch']}", ratio(row["time"]), *memory])
+
+
+def inner(found: dict[str, Any]) -> list[str]:
+    rows = [line(["built in", "time, ratio"]), line(["---"] * 2)]
+    return rows + [line([name, ratio(row["time"])]) for name, row in found.items()]
+
+
+def iterations(found: dict[str, Any]) -> list[str]:
+    rows = [line(["variant", "ms per iteration", "times the first one's"]), line(["---"] * 3)]
+    return rows + [line([name, f"{row['ms']:.1f}", ratio(row["time"])]) for name, row in found.items()]
+
+
+def ratio(time: dict[str, float]) -> str:
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**time)
 
 
 def shown(value: Any) -> str:
