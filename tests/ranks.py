@@ -16,7 +16,7 @@ import torch.distributed.checkpoint  # before the audit, which also sees imports
 from torch import Tensor, nn
 
 from limbeck import methods, shards
-from limbeck.denoiser import Preconditioned
+from limbeck.denoiser import Networked, Preconditioned
 from limbeck.distributed import local, rank_and_world, whole
 from limbeck.ema import Average
 from limbeck.exact import Gaussian
@@ -27,6 +27,7 @@ from limbeck.source import NoiseSource
 from limbeck.train import Trainer
 
 STEPS = 3
+IN_PARTS = ("pid", "sid", "sida", "vardiu")  # in micro-batches on every process too
 
 
 def played(name: str, sharded: bool, parts: int = 1, dropout: float = 0.0) -> dict[str, Tensor]:
@@ -49,7 +50,9 @@ def played(name: str, sharded: bool, parts: int = 1, dropout: float = 0.0) -> di
         )
     finally:
         torch.set_default_dtype(before)
-    assert all(local(p) is not p for n in ("fake",) if sharded and n in made.nets for p in made.nets[n].parameters())
+    for net in made.nets.values():  # the players' networks are in pieces, and nothing is without `sharded`
+        inside = [p for m in net.modules() if isinstance(m, Networked) for p in m.network.parameters()]
+        assert all((local(p) is not p) == sharded for p in inside)
     source = test_methods.source(method, law, parts)
     for player, optimizer in made.optimizers.items():
 
@@ -120,7 +123,7 @@ def save_and_resume(folder: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def nothing_unpickled() -> Iterator[None]:
-    """Fail if anything looks up a class for a pickle, compiles code or starts a program meanwhile."""
+    """Fail if anything looks up a class for a pickle, reads compiled code or starts a program meanwhile."""
     seen: list[str] = []
     on = True
 
@@ -140,10 +143,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     resumed = save_and_resume(folder)
     told = {}
-    for name in test_methods.CASES:
+    for name, parts in [*((name, 1) for name in test_methods.CASES), *((name, 2) for name in IN_PARTS)]:
         for sharded in (False, True):
-            for key, value in played(name, sharded).items():
-                told[f"{name}|{sharded}|{key}"] = value
+            for key, value in played(name, sharded, parts).items():
+                told[f"{name}|{parts}|{sharded}|{key}"] = value
     for sharded in (False, True):
         told |= {f"skipped|{sharded}|{key}": value for key, value in skipped(sharded).items()}
     if rank == 0:

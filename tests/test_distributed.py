@@ -45,12 +45,14 @@ def played(two: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(two / "played.safetensors")
 
 
-@pytest.mark.parametrize("name", test_methods.CASES)
-def test_two_processes_are_one_batch(name: str, played: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("name", "parts"), [*((name, 1) for name in test_methods.CASES), *((name, 2) for name in ranks.IN_PARTS)]
+)
+def test_two_processes_are_one_batch(name: str, parts: int, played: dict[str, Tensor]) -> None:
     """Gradients, norms, losses, weights and averages; whole players and split ones."""
     one = ranks.played(name, sharded=False)
     for sharded in (False, True):
-        prefix = f"{name}|{sharded}|"
+        prefix = f"{name}|{parts}|{sharded}|"
         both = {key.removeprefix(prefix): value for key, value in played.items() if key.startswith(prefix)}
         assert both.keys() == one.keys() and any(value.abs().max() > 1e-3 for value in both.values())
         for key, value in one.items():
@@ -188,21 +190,51 @@ def test_sampling_is_shared_by_the_processes(tmp_path: Path) -> None:
     assert np.abs(one["x"].astype(int) - two["x"].astype(int)).max() <= 1  # of 8 bits
 
 
+def pair(code: str, **variables: str) -> list[subprocess.Popen[bytes]]:
+    """Two processes of one job that run `code`, without a launcher."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE,
+            env={**os.environ, **place, **variables, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
 def test_processes_end_well_right_after_an_exchange(tmp_path: Path) -> None:
     """Four pairs: every second one aborted when the process group was left to the interpreter's end."""
     code = "import torch; from limbeck import distributed; distributed.gather({'x': torch.ones(1_000_000)})"
-    jobs = []
-    for _ in range(4):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        for rank in range(2):
-            place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **place}
-            jobs.append(subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment))
-    for job in jobs:
+    for job in [job for _ in range(4) for job in pair(code)]:
         _, error = job.communicate(timeout=100)
         assert job.returncode == 0, error
+
+
+def test_a_process_that_answers_no_more_is_given_up() -> None:
+    """It lives and is silent: the other one waits for LIMBECK_TIMEOUT seconds, not for ten minutes."""
+    code = (
+        "import time\n"
+        "from limbeck import distributed\n"
+        "distributed.wait_for_all()\n"
+        "time.sleep(60 * distributed.rank_and_world()[0])\n"
+        "began = time.monotonic()\n"
+        "try:\n"
+        "    distributed.wait_for_all()\n"
+        "except distributed.Lost as error:\n"
+        "    assert 'the same command goes on' in str(error)\n"
+        "    assert 3 < time.monotonic() - began < 30\n"
+        "    import os; os._exit(7)\n"
+    )
+    waiting, silent = pair(code, LIMBECK_TIMEOUT="4")
+    try:
+        _, error = waiting.communicate(timeout=50)
+        assert waiting.returncode == 7, error
+    finally:
+        silent.kill()
+        silent.communicate()
 
 
 def _text(path: Path) -> str:
