@@ -82,6 +82,8 @@ def table(name: str) -> str:
     keys = [key for key in keys if key not in shared]
     if last := result["grid"].get("last"):
         facts.append(f"means of the last {last} scores on the way")
+    if target := result["grid"].get("target"):
+        facts.append(f"`reached`: within {target:g} times the teacher's")
     return "\n".join(
         [
             f"{', '.join([result['metric'], *facts])}:",

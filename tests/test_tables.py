@@ -1,0 +1,74 @@
+"""The tables of README and docs, from results that are made up."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WHERE = {
+    "machine": {"processor": "a machine", "threads": 1}, "versions": {"torch": "2"}, "commit": "0123456789ab+",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(variant: str, seed: int, scores: dict[int, float]) -> dict[str, Any]:
+    """A run whose scores on the way are given by images."""
+    history = [{"images": n, "seconds": n / 10, "metrics": {"fd": score}} for n, score in scores.items()]
+    last = max(scores)
+    settings = {"variant": variant, "seed": seed}
+    return {"settings": settings, "images": last, "history": history, "student": {"metrics": {"fd": scores[last]}}}
+
+
+def test_switches_are_compared_at_the_base_s_own_quality(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quality: 1.05 times the mean of the base's final scores, 1.0 here, which takes it 300 and 400 images."""
+    rows = [
+        run("a", 1, {100: 3.0, 200: 2.0, 300: 1.2, 400: 1.0}),
+        run("a", 0, {100: 3.0, 200: 2.0, 300: 1.0, 400: 1.0}),
+        run("a + on", 0, {100: 2.0, 200: 1.04, 300: 1.2, 400: 0.9}),
+        run("a + on", 1, {100: 1.05, 200: 1.0, 300: 1.2, 400: 0.9}),
+        run("a + worse", 0, {400: 0.5}),
+        run("a + worse", 1, {400: 1.1}),
+        run("a + tuned", 0, {100: 0.2}),
+        run("a + tuned", 1, {100: 0.2}),
+        run("b", 0, {100: 3.0, 200: 1.0}),
+        run("b", 1, {100: 3.0, 200: 1.0}),
+        run("b + tuned", 0, {100: 1.0}),
+        run("b + tuned", 1, {100: 1.0}),
+    ]
+    monkeypatch.setattr(tables, "stored", lambda name: {"metric": "fd", "rows": rows, "missing": ["one"], **WHERE})
+    told = tables.switches("any").splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in told if line.startswith("| ")}
+    assert cells["a"][3:] == ["2 of 2", "350 ± 71", "1.00 (1.00 to 1.00)"]
+    assert cells["a + on"][3:] == ["2 of 2", "150 ± 71", "2.33 (1.50 to 4.00)"]
+    assert cells["a + worse"][3:] == ["1 of 2", "-", "-"]
+    assert "`tuned`: 2.75 times fewer images, the median of 2 methods." in told  # 3.5 and 2
+    assert "1 of 13 runs are missing." in told and told[-1].startswith("*commit 012345678+")
+
+
+def test_a_perfect_sampler_has_a_row_and_the_table_says_what_scores_are(
+    tables: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = [
+        {"variant": name, "seeds": 2, "student": value, "spread": 0.1, "floor": -6.86, "better than perfect": flag}
+        for name, value, flag in (("a", -7.0, None), ("b", -6.5, "log_density"))
+    ]
+    grid = {"last": 5, "target": 1.2, "anchors": {"log_density": [-6.859, 0.01]}}
+    result = {"metric": "log_density", "rows": [], "summary": summary, "grid": grid, **WHERE}
+    monkeypatch.setattr(tables, "stored", lambda name: result)
+    told = tables.table("any")
+    assert "means of the last 5 scores on the way" in told and "within 1.2 times the teacher's" in told
+    assert "| a perfect sampler | -6.859 ± 0.01 |" in told
+    assert "| b | -6.5 ± 0.1 | log_density |" in told and "| a | -7 ± 0.1 | - |" in told
