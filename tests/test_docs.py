@@ -92,11 +92,8 @@ def test_the_site_has_every_page_and_its_equations(tmp_path: Path) -> None:
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
     assert {"index.html", "docs/score-family.html", "docs/add-a-method.html", "CONTRIBUTING.html"} <= pages.keys()
     for name in methods.TABLE:
-        page = {"pid": "docs/pid.html"}.get(name)
-        assert (page or f"docs/methods/{name}.html") in pages
-        if page is None:
-            page = f"docs/methods/{name}.html"
-            assert "<math" in pages[page] and "<th>default</th>" in pages[page] and "$$" not in pages[page]
+        page = pages[f"docs/methods/{name}.html"]
+        assert "<math" in page and "<th>default</th>" in page and "$$" not in page
     for page, text in pages.items():
         for target in re.findall(r'href="([^"#]+)', text):
             if not target.startswith("http"):

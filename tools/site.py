@@ -25,7 +25,7 @@ PAGES = {
         "docs/cost.md",
         "docs/reliability.md",
     ],
-    "Methods": ["docs/score-family.md", "docs/pid.md"],
+    "Methods": ["docs/score-family.md"],
     "One page each": ["docs/methods/*.md"],
     "Build": ["docs/add-a-method.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"],
 }

@@ -175,7 +175,8 @@ def measured(method: str) -> str:
         for row in result["summary"]:
             if row["variant"].split()[0] == method:
                 told = spelled(row)
-                place = f"[{path.stem.removeprefix('methods-')}]({'../' * (method != 'pid')}score-family.md#measured)"
+                study = path.stem.removeprefix("methods-")
+                place = f"[{study}](../score-family.md#{study})"
                 cells = (told[key] for key in ("student", "teacher", "images", "seconds"))
                 rows.append(line([place, row["variant"], result["metric"], *cells]))
     if not rows:

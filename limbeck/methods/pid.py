@@ -25,10 +25,13 @@ switch                 default                                     what else
                        code does
 ``metric``             ``l2``, the theorem's                       ``l1``, ``huber``; ``features``: squared distance
                                                                    in a feature network (the paper's best image
-                                                                   results use LPIPS)
+                                                                   results use LPIPS, whose weights are not bundled)
 P                      the well-conditioned form above             the code forms x(t), x(s) and subtracts: equal in
                                                                    exact arithmetic, up to 1.4e-3 off in float32
+``levels``             in units of sigma_data / 0.5                the code has 80 and 0.002 as literals in three
+                                                                   places
 micro-batches          mean over the whole batch                   the code sums the gradients of micro-batch means
+length                 ``steps``                                   the released loop does not stop at its total
 optimiser              Adam, betas 0.9 and 0.99, cosine decay:     the paper's RAdam (betas 0.9, 0.999, constant rate)
                        at equal images 0.14 against 0.33 on        is one key away
                        digits (Fréchet distance in features)
