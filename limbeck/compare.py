@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
 import itertools
 import json
 import math
@@ -110,7 +109,7 @@ def compare(
         anchor = _anchor(recipe, {"teacher": job.identity, **judges[name].hashes()})
         told = loop.run(dataclasses.replace(job, teacher_scores=anchors.get(anchor)), tell)
         anchors[anchor] = told["teacher_scores"]
-        row: dict[str, Any] = {"name": name, "settings": settings, "recipe": _key(recipe)}
+        row: dict[str, Any] = {"name": name, "settings": settings, "recipe": config.to_table(recipe)}
         row |= {key: told[key] for key in KEPT if key in told}
         if grid.get("euler"):
             key = json.dumps({k: v for k, v in settings.items() if k != "seed"})
@@ -144,11 +143,6 @@ def compare(
     return result
 
 
-def _key(recipe: Recipe) -> str:
-    """What tells whether two cells are the same run."""
-    return hashlib.sha256(json.dumps(config.to_table(recipe), sort_keys=True).encode()).hexdigest()
-
-
 def _anchor(recipe: Recipe, hashes: Mapping[str, str]) -> str:
     """What a teacher's scores depend on, from what its run was made of."""
     made = {key: value for key, value in hashes.items() if key not in ("generator", "given")}
@@ -170,7 +164,7 @@ def _earlier(
     try:
         before = json.loads(known.read_text())
         old, rows = before["grid"], {row["name"]: row for row in before["rows"]}
-        recipes = {name: row["recipe"] for name, row in rows.items()}
+        recipes = {name: dict(row["recipe"]) for name, row in rows.items()}
     except OSError as error:
         raise ValueError(f"known: cannot read {known} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -178,11 +172,16 @@ def _earlier(
     for key in ("metric", "also", "euler"):
         if old.get(key) != grid.get(key):
             raise ValueError(f"known: {known} has {key} = {old.get(key)!r}, and {path} has {grid.get(key)!r}")
-    keys = {name: _key(recipe) for name, _, recipe in cells}
-    changed = [name for name in rows if name in keys and keys[name] != recipes[name]]
-    if changed:
-        tell(f"known: {len(changed)} cells have another recipe now, {changed[0]} for one; their rows are left out")
-    return {name: row for name, row in rows.items() if keys.get(name) == recipes[name]}
+    changed = {
+        name: config.differences(config.completed(recipes[name], methods.METHODS), config.to_table(recipe))
+        for name, _, recipe in cells
+        if name in rows
+    }
+    others = [name for name, keys in changed.items() if keys]
+    if others:
+        first = f"{others[0]} for one ({', '.join(changed[others[0]])})"
+        tell(f"known: {len(others)} cells have another recipe now, {first}; their rows are left out")
+    return {name: rows[name] for name, keys in changed.items() if not keys}
 
 
 def _play_all(cells: Sequence[tuple[Recipe, Path, str]], workers: int, tell: Callable[[str], None]) -> None:

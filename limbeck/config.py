@@ -444,6 +444,18 @@ def to_table(recipe: Recipe) -> dict[str, Any]:
     return table
 
 
+def completed(table: dict[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that are newer than it; as it is if it names the caller's own code.
+
+    Args:
+        known: methods by name; those of recipes with data are `TEACHING`.
+    """
+    try:
+        return to_table(resolve(table, TEACHING if "data" in table else known))
+    except ValueError:
+        return table
+
+
 def plain(value: Any) -> Any:
     """Nested values as JSON-able ones, without what is None; an object given in Python, e.g. a module, by its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

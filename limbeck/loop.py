@@ -496,7 +496,7 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
         if out.is_dir() and any(p.name not in (".lock", ".recipe.toml.tmp") for p in out.iterdir()):
             raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")
         return
-    old = _resolved(config.read_toml(path))
+    old = config.completed(config.read_toml(path), methods.METHODS)
     if "method" in old and not any((out / "checkpoints").glob("ckpt-*")):
         return  # nothing was made by the old settings
     changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]
@@ -506,12 +506,3 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
         raise ValueError(f"out: {out} holds a run with other settings ({', '.join(changed)}); choose another folder")
     if table["steps"] < old["steps"]:
         raise ValueError(f"steps: {out} holds a run of {old['steps']} steps, which can grow but not shrink")
-
-
-def _resolved(table: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the defaults of keys that are newer than it; as it is if it names the caller's own code."""
-    known = config.TEACHING if "data" in table else methods.METHODS
-    try:
-        return config.to_table(config.resolve(table, known))
-    except ValueError:
-        return table

@@ -238,7 +238,15 @@ def test_a_comparison_in_parts_is_the_whole(
     HERE.write_text(config.dump_toml({**grid, "base": {**base, "method": {"name": "pid", "N": 6}}}))
     capsys.readouterr()
     assert made("--out", "three", "--known", "one/comparison.json")["rows"][0] != first["rows"][0]
-    assert "known: 2 cells have another recipe now, seed_0 for one" in capsys.readouterr().err
+    assert "known: 2 cells have another recipe now, seed_0 for one (method.N)" in capsys.readouterr().err
+    # one that is older than a key of recipes is not: what is missing had its default
+    HERE.write_text(config.dump_toml(grid))
+    older = json.loads(Path("two/comparison.json").read_text())
+    for row in older["rows"]:
+        del row["recipe"]["evaluate"]["watched"], row["recipe"]["method"]["gradient"]
+    Path("older.json").write_text(json.dumps(older))
+    assert scores(made("--out", "five", "--known", "older.json")) == scores(whole)
+    assert [path.name for path in Path("five").iterdir() if path.is_dir()] == []
     for name, text, words in (
         (
             "other.json",
