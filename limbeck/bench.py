@@ -43,7 +43,7 @@ from limbeck.machine import commit, machine, peak_memory_mib, versions
 from limbeck.networks import for_samples
 from limbeck.objective import Pairs
 from limbeck.source import NoiseSource, RealSource, provider_of
-from limbeck.train import Source, Trainer
+from limbeck.train import ALL_OPEN, Source, Trainer
 
 PARTS = ("teacher", "forward", "backward", "exchange", "optimizer", "ema", "rest")
 
@@ -261,7 +261,7 @@ def bench(
     network: type[nn.Module] | None = None,
     repeats: int = 5,
     steps: int = 1,
-    first: int = 10**9,
+    first: int = ALL_OPEN,
 ) -> dict[str, Any]:
     """Measure the steps of one or two recipes, in turns.
 

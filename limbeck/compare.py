@@ -163,8 +163,8 @@ def _earlier(
     """
     try:
         before = json.loads(known.read_text())
-        old, rows = before["grid"], {row["name"]: row for row in before["rows"]}
-        recipes = {name: dict(row["recipe"]) for name, row in rows.items()}
+        old, rows = before["grid"], {row["name"]: dict(row) for row in before["rows"]}
+        dict(old)
     except OSError as error:
         raise ValueError(f"known: cannot read {known} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -172,16 +172,44 @@ def _earlier(
     for key in ("metric", "also", "euler"):
         if old.get(key) != grid.get(key):
             raise ValueError(f"known: {known} has {key} = {old.get(key)!r}, and {path} has {grid.get(key)!r}")
-    changed = {
-        name: config.differences(config.completed(recipes[name], methods.METHODS), config.to_table(recipe))
-        for name, _, recipe in cells
-        if name in rows
-    }
+    changed: dict[str, list[str]] = {}
+    for name, _, recipe in cells:
+        if name in rows and not isinstance(rows[name].get("recipe"), dict):
+            changed[name] = ["recipe"]
+        elif name in rows:
+            before = config.completed(rows[name]["recipe"], methods.METHODS)
+            changed[name] = config.differences(before, config.to_table(recipe))
+        if changed.get(name) == []:
+            _check_row(rows[name], grid, f"known: {known}: row {name}")
     others = [name for name, keys in changed.items() if keys]
     if others:
         first = f"{others[0]} for one ({', '.join(changed[others[0]])})"
         tell(f"known: {len(others)} cells have another recipe now, {first}; their rows are left out")
     return {name: rows[name] for name, keys in changed.items() if not keys}
+
+
+def _check_row(row: Mapping[str, Any], grid: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that lacks what the tables need.
+
+    Raises:
+        ValueError: naming it.
+    """
+    metric, last = grid.get("metric", "fd_feature"), grid.get("last")
+    try:
+        for key in ("settings", "hashes"):
+            if not isinstance(row.get(key), dict):
+                raise ValueError(f"{where} lacks {key}")
+        for key in ("steps", "images", "seconds"):
+            if not isinstance(row.get(key), int | float):
+                raise ValueError(f"{where} lacks {key}")
+        for key in ("student", "teacher_scores"):
+            if metric not in row.get(key, {}).get("metrics", {}):
+                raise ValueError(f"{where} lacks {key} with {metric}")
+        watched = [entry for entry in row.get("history", []) if {"images", "seconds", "metrics"} <= entry.keys()]
+        if len(watched) < len(row.get("history", [])) or sum(metric in e["metrics"] for e in watched) < (last or 0):
+            raise ValueError(f"{where} lacks scores on the way")
+    except (TypeError, AttributeError):
+        raise ValueError(f"{where} is damaged") from None
 
 
 def _play_all(cells: Sequence[tuple[Recipe, Path, str]], workers: int, tell: Callable[[str], None]) -> None:
@@ -225,7 +253,7 @@ def _checked(
             wanted = "text" if kind is str else "true or false"
             raise ValueError(f"{path}: {key}: must be {wanted}, got {grid[key]!r}")
     also, axis, target = grid.get("also", []), grid.get("x"), grid.get("target", 1.0)
-    if not isinstance(target, int | float) or isinstance(target, bool) or not target > 0:
+    if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < math.inf:
         raise ValueError(f"{path}: target: must be a positive factor on the teacher's score, got {target!r}")
     if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
         raise ValueError(f"{path}: also: must be a list of metrics, got {also!r}")
@@ -235,7 +263,8 @@ def _checked(
     for name, pair in anchors.items():
         if name not in (grid.get("metric", "fd_feature"), *also):
             raise ValueError(f"{path}: anchors.{name}: must be the metric or one of `also`")
-        numbers = isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) for v in pair)
+        two = isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) for v in pair)
+        numbers = two and all(math.isfinite(v) for v in pair)
         if not numbers or not pair[1] > 0:
             raise ValueError(f"{path}: anchors.{name}: must be [score, standard deviation above 0], got {pair!r}")
     shared: dict[str, Judge] = {}
@@ -255,7 +284,7 @@ def _checked(
         if judge is None:
             raise ValueError(f"{path}: {name}: nothing to score against (set evaluate.data and evaluate.features)")
         judges[name] = shared[key] = judge
-        if last is not None and (not recipe.every.evaluate or recipe.steps // recipe.every.evaluate < last):
+        if last is not None and (not recipe.every.evaluate or -(-recipe.steps // recipe.every.evaluate) < last):
             raise ValueError(f"{path}: last: {name} has fewer than {last} scores on the way (every.evaluate)")
         for metric in (grid.get("metric", "fd_feature"), *also):
             if metric not in judge.names:
@@ -272,6 +301,8 @@ def cells_of(grid: Mapping[str, Any], path: Path, features: str | None) -> list[
             raise ValueError(f"{path}: {name}: must be a table")
     if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
         raise ValueError(f"{path}: variant: must be a list of tables, [[variant]]")
+    if not variants:
+        raise ValueError(f"{path}: variant: must not be empty")
     names = [variant.get("name") for variant in variants]
     if variants != [{}] and (not all(isinstance(n, str) and n for n in names) or len({*names}) < len(names)):
         raise ValueError(f"{path}: variant.name: every variant needs a name of its own, got {names}")

@@ -204,7 +204,8 @@ def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         report: dict[str, Any] = json.loads((job.out / "report.json").read_text())
-        same = report["steps"] == job.trainer.step and report["recipe"]["evaluate"] == table["evaluate"]
+        judged = config.completed(report["recipe"], methods.METHODS)["evaluate"]
+        same = report["steps"] == job.trainer.step and judged == table["evaluate"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if same else None

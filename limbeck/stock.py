@@ -35,7 +35,7 @@ def teacher_pairs(
         folder: where parts are read from, or else written to.
         drawn: is told how many pairs there are after every part; what it raises stops the work between two parts.
     """
-    key = seed_of(artifact.fingerprint(teacher), seed, steps)
+    key = seed_of(artifact.fingerprint(teacher), seed, steps, *(["contexts"] if teacher.contexts else []))
     folder.mkdir(parents=True, exist_ok=True)
 
     def part(start: int) -> Pairs:

@@ -265,6 +265,33 @@ def test_a_comparison_in_parts_is_the_whole(
     assert not Path("four").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({key: None}, f"row run lacks {key}") for key in ("settings", "hashes", "steps", "images", "seconds")),
+        ({"student": {"metrics": {}}}, "row run lacks student with mmd"),
+        ({"teacher_scores": {"metrics": {"c2st": 1.0}}}, "row run lacks teacher_scores with mmd"),
+        ({"student": 3}, "row run is damaged"),
+        ({"history": [{"images": 3}]}, "row run lacks scores on the way"),
+        ({"history": []}, "row run lacks scores on the way"),
+        ({"recipe": "0123"}, "1 cells have another recipe now, run for one (recipe)"),
+    ],
+    ids=str,
+)
+def test_rows_that_lack_something_are_named(
+    change: dict[str, Any], words: str, tmp_path: Path, tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = {"every": {"evaluate": 4, "sample": 0}}  # at the steps 4 and 6
+    grid = {"metric": "mmd", "last": 2, "base": {"teacher": "exact:ring8", "method": "pid", **tiny, **watch}}
+    study, known = tmp_path / "study.toml", tmp_path / "known.json"
+    study.write_text(config.dump_toml(grid))
+    told = compare.compare(study, tmp_path / "one", lambda line: None)
+    told["rows"][0] |= change
+    known.write_text(json.dumps(told))
+    code = cli.main(["compare", str(study), "--known", str(known), "--out", str(tmp_path / "two")])
+    assert code == (0 if "recipe" in change else 2) and words in capsys.readouterr().err
+
+
 def test_a_teacher_is_scored_once(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[str] = []
     score = summary._scores
@@ -326,6 +353,9 @@ def test_a_signal_ends_all_workers_and_the_comparison_goes_on(tmp_path: Path, ti
 MISTAKES: dict[str, tuple[str, str]] = {
     "target": ('target = 0', "target: must be a positive factor"),
     "last": ("last = 0", "last: must be a number of scores on the way, got 0"),
+    "an anchor of nothing": ("anchors.mmd = [nan, 1.0]", "anchors.mmd: must be [score, standard deviation above 0]"),
+    "no end": ("target = inf", "target: must be a positive factor"),
+    "no variant": ("variant = []", "variant: must not be empty"),
     "last of none": ("last = 3", "last: seed_0 has fewer than 3 scores on the way"),
     "anchors": ("anchors.mmd = 3", "anchors.mmd: must be [score, standard deviation above 0], got 3"),
     "anchor of another": ("anchors.fid = [3, 1]", "anchors.fid: must be the metric or one of `also`"),

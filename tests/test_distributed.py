@@ -213,11 +213,15 @@ def test_processes_end_well_right_after_an_exchange(tmp_path: Path) -> None:
         assert job.returncode == 0, error
 
 
-def test_a_process_that_answers_no_more_is_given_up() -> None:
+def test_a_process_that_answers_no_more_is_given_up(tmp_path: Path) -> None:
     """It lives and is silent: the other one waits for LIMBECK_TIMEOUT seconds, not for ten minutes."""
+    ready = [tmp_path / str(rank) for rank in range(2)]
     code = (
-        "import time\n"
+        "import os, pathlib, time\n"
         "from limbeck import distributed\n"
+        f"ready = [pathlib.Path(name) for name in {[str(path) for path in ready]}]\n"
+        "ready[int(os.environ['RANK'])].touch()\n"
+        "while not all(path.exists() for path in ready): time.sleep(0.02)\n"
         "distributed.wait_for_all()\n"
         "time.sleep(60 * distributed.rank_and_world()[0])\n"
         "began = time.monotonic()\n"
@@ -226,7 +230,7 @@ def test_a_process_that_answers_no_more_is_given_up() -> None:
         "except distributed.Lost as error:\n"
         "    assert 'the same command goes on' in str(error)\n"
         "    assert 3 < time.monotonic() - began < 30\n"
-        "    import os; os._exit(7)\n"
+        "    os._exit(7)\n"
     )
     waiting, silent = pair(code, LIMBECK_TIMEOUT="4")
     try:

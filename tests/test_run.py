@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import limbeck
-from limbeck import checkpoint, config, loop, run, summary, teachers
+from limbeck import checkpoint, config, folder, loop, run, summary, teachers
 from limbeck.exact import Gaussian, Mixture
 from limbeck.folder import Stopped
 from limbeck.generator import Trajectory
@@ -239,6 +239,15 @@ def test_a_finished_run_says_so(tmp_path: Path, distill: Any, monkeypatch: pytes
     assert distill(tmp_path / "r", tell=told) == first
     assert len(told) == 1 and "finished at step 6" in told[0]
     assert snapshot(tmp_path / "r") == before
+    # one that is older than a key of recipes is finished too
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    del report["recipe"]["evaluate"]["watched"]
+    (tmp_path / "r" / "report.json").write_text(json.dumps(report))
+    recipe = (tmp_path / "r" / "recipe.toml").read_text()
+    (tmp_path / "r" / "recipe.toml").write_text(recipe.replace("watched = 0\n", ""))
+    folder.seal(tmp_path / "r")
+    distill(tmp_path / "r", tell=told)
+    assert len(told) == 2 and "finished at step 6" in told[1]
 
 
 # Interruption

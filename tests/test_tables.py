@@ -72,3 +72,35 @@ def test_a_perfect_sampler_has_a_row_and_the_table_says_what_scores_are(
     assert "means of the last 5 scores on the way" in told and "within 1.2 times the teacher's" in told
     assert "| a perfect sampler | -6.859 ± 0.01 |" in told
     assert "| b | -6.5 ± 0.1 | log_density |" in told and "| a | -7 ± 0.1 | - |" in told
+
+
+def test_costs_say_where_each_part_was_measured(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    time = {"median": 0.5, "low": 0.25, "high": 0.75}
+    switch = {"batch": 2, "time": time, "graph_mib": 1.0, "step_mib": 0.5}
+    elsewhere = {**WHERE, "commit": "9876543210"}
+    told = {
+        "switches": {"rows": {"cifar10": {"bf16": switch}, "digits": {"bf16": {"batch": 8, "time": time}}}, **WHERE},
+        "compiled": {"rows": switch, **elsewhere},
+        "inner": {"rows": {"one call, against two": {"time": time}}, **WHERE},
+        "vardiu": {"rows": {"VarDiU": {"ms": 3.14159, "time": time}}, **WHERE},
+        "optimizer": {"rows": {"ratio": 4.94}, **elsewhere},
+    }
+    monkeypatch.setattr(tables, "stored", lambda name: told)
+    switches = tables.cost("switches").splitlines()
+    assert switches[2:5] == [
+        "| bf16 | cifar10, 2 | 0.50 (0.25 to 0.75) | 1.00 | 0.50 |",
+        "| bf16 | digits, 8 | 0.50 (0.25 to 0.75) | - | - |",
+        "| compiled | cifar10, 2 | 0.50 (0.25 to 0.75) | 1.00 | 0.50 |",
+    ]
+    assert switches[-2].startswith("*commit 012345678+") and switches[-1].startswith("*The last row: commit 987654321,")
+    assert "| one call, against two | 0.50 (0.25 to 0.75) |" in tables.cost("inner")
+    assert "| VarDiU | 3.1 | 0.50 (0.25 to 0.75) |" in tables.cost("vardiu")
+    assert "4.9 times" in tables.cost("optimizer") and "commit 987654321" in tables.cost("optimizer")
+    assert tables.cost("fashion") == "*Not measured yet.*\n"
+
+
+def test_a_switch_without_its_base_has_no_ratio(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [run("a + on", 0, {100: 1.0}), run("b", 0, {100: 1.0}), run("b + on", 1, {100: 1.0})]
+    monkeypatch.setattr(tables, "stored", lambda name: {"metric": "fd", "rows": rows, **WHERE})
+    told = tables.switches("any")
+    assert "| a + on | 1 | 100 | - | - | - |" in told and "| b + on | 1 | 100 | 1 of 1 | - | - |" in told

@@ -236,9 +236,10 @@ def vdd_recovers() -> dict[str, Any]:
                 seconds = run.run_distillation(recipe, Path(out) / "run", print)["seconds"]
                 student = artifact.load_generator(Path(out) / "run").double()
             found = [divergence(student, teacher, context, reach) for context in contexts]
-            rows.append({"teacher": name, "seed": seed, "steps": steps, "kl": found, "seconds": seconds})
+            row = {"teacher": name, "seed": seed, "steps": steps, "contexts": contexts, "kl": found, "seconds": seconds}
+            rows.append(row)
     return {
-        "rows": rows, "contexts": contexts, "versions": versions(), "machine": machine(), "commit": commit(),
+        "rows": rows, "versions": versions(), "machine": machine(), "commit": commit(),
         "checks": [
             (f"{row['teacher']}, seed {row['seed']}: KL {max(row['kl']):.4f} <= 0.02", max(row["kl"]) <= 0.02)
             for row in rows

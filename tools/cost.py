@@ -1,7 +1,7 @@
 """Measure what "What it costs" tells: `python tools/cost.py` writes results/cost.json, in about a quarter of an hour;
 `python tools/cost.py PART ...` only some of its parts.
 
-Two threads, one process, one thing at a time; what is compared is played in turns.
+One thing at a time, on two threads or, where settings are compared, on one; what is compared is played in turns.
 """
 
 import copy
@@ -92,8 +92,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def switches() -> dict[str, Any]:
-    """Time and memory of a step of PID with a switch on, as ratios to the same step without, in turns; one thread."""
-    torch.set_num_threads(1)
+    """Time and memory of a step of PID with a switch on, as ratios to the same step without, in turns."""
     told: dict[str, Any] = {"digits": {name: switched("digits", name) for name in SWITCHES}}
     # compiling the large network takes longer than all the rest: a part of its own
     told["cifar10"] = {name: switched("cifar10", name) for name in SWITCHES if name != "compiled"}
@@ -104,7 +103,6 @@ def switches() -> dict[str, Any]:
 
 def switched(network: str, name: str) -> dict[str, Any]:
     """The ratios of one switch."""
-    torch.set_num_threads(1)
     large = network in bench.UNTRAINED
     batch, repeats, each = (2, 3, 1) if large else (128, 9, 5)
     table = {"teacher": "<untrained>" if large else network, "method": {"name": "pid"}, "batch": batch}
@@ -138,8 +136,7 @@ def channels_last(network: torch.nn.Module, repeats: int) -> dict[str, Any]:
 
 
 def iterations() -> dict[str, Any]:
-    """Time of an iteration of every variant of the VarDiU study, alternating with its first one; one thread."""
-    torch.set_num_threads(1)
+    """Time of an iteration of every variant of the VarDiU study, alternating with its first one."""
     path = ROOT / "studies" / "vardiu-mog40.toml"
     recipes = {
         settings["variant"]: recipe
@@ -156,8 +153,7 @@ def iterations() -> dict[str, Any]:
 
 
 def inner() -> dict[str, Any]:
-    """What is built in, beside how it would be done otherwise: time of one over that of the other; one thread."""
-    torch.set_num_threads(1)
+    """What is built in, beside how it would be done otherwise: time of one over that of the other."""
     teacher: Any = teachers.load("digits")
     player: Any = copy.deepcopy(teacher).train().requires_grad_(True)
     z = torch.randn(128, *teacher.shape)
@@ -241,11 +237,13 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> int:
-    torch.set_num_threads(2)
     path = ROOT / "results" / "cost.json"
     for part in sys.argv[1:] or PARTS:
+        threads = 1 if part in ALONE else 2
+        torch.set_num_threads(threads)
         rows = PARTS[part]()
-        where = {**machine(), "threads": 1 if part in ALONE else 2}
+        torch.set_num_threads(threads)  # a recipe may have set its own
+        where = machine()
         told = json.loads(path.read_text()) if path.is_file() else {}
         told["note"] = "absolute times are those of a machine that others may use at the same time"
         told[part] = {"rows": rows, "versions": versions(), "machine": where, "commit": commit()}

@@ -61,4 +61,6 @@ def anchor(result: dict[str, Any], metric: str) -> tuple[str, float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     draw(*sys.argv[1:])

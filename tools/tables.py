@@ -130,18 +130,17 @@ def switches(name: str) -> str:
         found.setdefault(row["settings"]["variant"], []).append(row)
     rows, fewer = [], {}
     for variant, group in found.items():
-        base = found[variant.split(" + ")[0]]
-        level = 1.05 * statistics.fmean(row["student"]["metrics"][metric] for row in base)
-        needs, until = (images_until(runs, metric, level) for runs in (base, group))
         scores = [row["student"]["metrics"][metric] for row in group]
-        reached = [at for at in until if at is not None]
-        cells = [variant, around(scores, cell), f"{group[0]['images']:,}", f"{len(reached)} of {len(group)}", "-", "-"]
-        if None not in needs and None not in until and len(needs) == len(until):
-            times = [a["images"] / b["images"] for a, b in zip(needs, until, strict=True)]  # by seed
-            means = [statistics.fmean(at["images"] for at in runs) for runs in (needs, until)]
-            fewer[variant] = means[0] / means[1]
-            cells[-2] = around([at["images"] for at in until], "{:,.0f}".format)
-            cells[-1] = f"{fewer[variant]:.2f}" + (f" ({min(times):.2f} to {max(times):.2f})" if len(times) > 1 else "")
+        cells = [variant, around(scores, cell), f"{group[0]['images']:,}", "-", "-", "-"]
+        if base := found.get(variant.split(" + ")[0]):
+            level = 1.05 * statistics.fmean(row["student"]["metrics"][metric] for row in base)
+            needs, until = (images_until(runs, metric, level) for runs in (base, group))
+            cells[3] = f"{len(until)} of {len(group)}"
+            if needs.keys() == until.keys() and len(needs) == len(base) and len(until) == len(group):
+                times = [needs[seed] / until[seed] for seed in needs]
+                fewer[variant] = statistics.fmean(needs.values()) / statistics.fmean(until.values())
+                spread = f" ({min(times):.2f} to {max(times):.2f})" if len(times) > 1 else ""
+                cells[4:] = around([*until.values()], "{:,.0f}".format), f"{fewer[variant]:.2f}{spread}"
         rows.append(line(cells))
     heads = ["variant", metric, "images in all", "reached the base's", "images until", "times fewer"]
     told = [line(heads), line(["---"] * len(heads)), *rows, ""]
@@ -155,10 +154,10 @@ def switches(name: str) -> str:
     return "\n".join([*told, *lacking(result), f"*{origin(result)}.*", ""])
 
 
-def images_until(group: list[dict[str, Any]], metric: str, level: float) -> list[Any]:
-    """Images and seconds at the first watched step at or below a score, by seed; None for one that never came there."""
-    ordered = sorted(group, key=lambda row: row["settings"]["seed"])
-    return [compare.reached(row.get("history", []), metric, level) for row in ordered]
+def images_until(group: list[dict[str, Any]], metric: str, level: float) -> dict[int, float]:
+    """Images at the first watched step at or below a score, by seed; without those that never came there."""
+    found = {row["settings"]["seed"]: compare.reached(row.get("history", []), metric, level) for row in group}
+    return {seed: at["images"] for seed, at in found.items() if at is not None}
 
 
 def around(values: list[float], text: Callable[[float], str]) -> str:
@@ -206,7 +205,11 @@ def perfect(result: dict[str, Any], keys: list[str]) -> list[str]:
         "student" if metric == result["metric"] else metric: f"{cell(score)} ± {cell(deviation)}"
         for metric, (score, deviation) in result["grid"].get("anchors", {}).items()
     }
-    return [line(["a perfect sampler", *(known.get(key, "") for key in keys[1:])])] if known else []
+    return (
+        [line(["a perfect sampler", *(known.get(key, "") for key in keys[1:])])]
+        if known and keys[0] not in known
+        else []
+    )
 
 
 def lacking(result: dict[str, Any]) -> list[str]:
@@ -274,9 +277,11 @@ def cost(part: str) -> str:
     rows = {
         "optimizer": optimizers, "sampling": samplers, "switches": on_and_off, "inner": inner, "vardiu": iterations,
     }.get(part, steps)(found)  # fmt: skip
+    where = [f"*{origin(told[part])}.*"]
     if part == "switches" and "compiled" in told:
         rows += [ratio_row("compiled", "cifar10", told["compiled"]["rows"])]
-    return "\n".join([*rows, "", f"*{origin(told[part])}.*", ""])
+        where += [f"*The last row: {origin(told['compiled'])}.*"]
+    return "\n".join([*rows, "", *where, ""])
 
 
 def steps(found: dict[str, Any]) -> list[str]:
@@ -313,11 +318,8 @@ def samplers(found: dict[str, Any]) -> list[str]:
 
 def on_and_off(found: dict[str, Any]) -> list[str]:
     rows = [line(["switch", "network, batch", "time, on / off", "graphs", "step in all"]), line(["---"] * 5)]
-    return rows + [ratio_row(*key, row) for key, row in by_network(found)]
-
-
-def by_network(found: dict[str, Any]) -> list[tuple[tuple[str, str], dict[str, Any]]]:
-    return [((name, network), row) for network in ("cifar10", "digits") for name, row in found[network].items()]
+    pairs = [(network, name) for network in ("cifar10", "digits") for name in found[network]]
+    return rows + [ratio_row(name, network, found[network][name]) for network, name in pairs]
 
 
 def ratio_row(name: str, network: str, row: dict[str, Any]) -> str:
