@@ -52,48 +52,6 @@ def test_the_commit_is_that_of_limbeck(tmp_path: Path, monkeypatch: pytest.Monke
     assert machine.commit() == f"{known}+"
 
 
-def test_tables_show_a_dirty_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = tool("tables")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
-    where = {"threads": 1, "processor": "P"}
-    for commit, says in (("ab" * 20, "commit ababababa,"), ("ab" * 20 + "+", "commit ababababa+,"), (None, "unknown")):
-        result = {
-            "metric": "mmd", "summary": [{"seeds": 1, "student": 0.5, "images": 9}],
-            "machine": where, "versions": {"torch": "2"}, "commit": commit,
-        }  # fmt: skip
-        (tmp_path / "results" / "a.json").write_text(json.dumps(result))
-        assert says in tables.table("a")
-
-
-def test_switches_are_told_by_images_to_the_quality_of_their_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tables = tool("tables")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
-
-    def run(variant: str, seed: int, *scores: float) -> dict[str, Any]:
-        history = [{"images": 100 * n, "seconds": n, "metrics": {"fd": s}} for n, s in enumerate(scores, 1)]
-        settings = {"variant": variant, "seed": seed}
-        last = {"metrics": {"fd": scores[-1]}}
-        return {"settings": settings, "images": 400, "student": last, "history": history}
-
-    rows = [
-        *(run("sid", seed, 8.0, 4.0, 2.1, 2.0) for seed in (0, 1)),  # 2.1 is within 1.05 times the end's 2.0
-        run("sid + fast", 0, 2.0, 1.5, 1.0, 1.0),
-        run("sid + fast", 1, 3.0, 2.0, 1.0, 1.0),
-        run("sid + slow", 0, 8.0, 4.0, 3.0, 3.0),
-    ]
-    where = {"threads": 1, "processor": "P"}
-    result = {"metric": "fd", "rows": rows, "machine": where, "versions": {"torch": "2"}, "commit": None}
-    (tmp_path / "results" / "a.json").write_text(json.dumps(result))
-    told = tables.switches("a").splitlines()[2:5]
-    assert told[0] == "| sid | 2 ± 0 | 400 | 2 of 2 | 300 ± 0 | 1.00 |"
-    assert told[1] == "| sid + fast | 1 ± 0 | 400 | 2 of 2 | 150 ± 71 | 2.00 |"
-    assert told[2] == "| sid + slow | 3 | 400 | 0 of 1 | - | - |"
-
-
 def test_the_checks_of_trend_and_time_can_fail() -> None:
     accept = tool("accept")
 

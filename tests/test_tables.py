@@ -104,3 +104,11 @@ def test_a_switch_without_its_base_has_no_ratio(tables: ModuleType, monkeypatch:
     monkeypatch.setattr(tables, "stored", lambda name: {"metric": "fd", "rows": rows, **WHERE})
     told = tables.switches("any")
     assert "| a + on | 1 | 100 | - | - | - |" in told and "| b + on | 1 | 100 | 1 of 1 | - | - |" in told
+
+
+def test_tables_show_a_dirty_tree(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit, says in (("ab" * 20, "commit ababababa,"), ("ab" * 20 + "+", "commit ababababa+,"), (None, "unknown")):
+        summary = [{"seeds": 1, "student": 0.5, "images": 9}]
+        result = {"metric": "mmd", "summary": summary, "rows": [], "grid": {}, **WHERE, "commit": commit}
+        monkeypatch.setattr(tables, "stored", lambda name, result=result: result)
+        assert says in tables.table("a")
