@@ -100,9 +100,13 @@ def compare(
         _play_all([(recipe, out / name, name) for name, _, recipe in chosen], workers, tell)
     made: dict[str, dict[str, Any]] = {}
     solved: dict[str, dict[str, float]] = {}
-    watched: dict[str, dict[str, float]] = {}
     recipes = {name: recipe for name, _, recipe in cells}
     anchors = {_anchor(recipes[name], row["hashes"]): row["teacher_scores"] for name, row in earlier.items()}
+    watched: dict[str, dict[str, float]] = {
+        _anchor(recipes[name], row["hashes"]): row["teacher_watched"]
+        for name, row in earlier.items()
+        if "teacher_watched" in row
+    }
     for number, (name, settings, recipe) in enumerate(chosen, 1):
         tell(f"[{number}/{len(chosen)}] {name}")
         job = run.distillation(recipe, out / name, tell, judge=judges[name])
@@ -117,6 +121,7 @@ def compare(
             row["euler"] = {"metrics": solved[key]}
         if row.get("history") and recipe.evaluate.watched != recipe.evaluate.samples:
             watched[anchor] = watched.get(anchor) or _teachers_watched(recipe, judges[name])
+            row["teacher_watched"] = watched[anchor]
             row["history"] = levelled(row["history"], watched[anchor], row["teacher_scores"]["metrics"])
         made[name] = row
     rows = [(earlier | made)[name] for name, _, _ in cells if name in earlier or name in made]
@@ -196,7 +201,7 @@ def _check_row(row: Mapping[str, Any], grid: Mapping[str, Any], where: str) -> N
     """
     metric, last = grid.get("metric", "fd_feature"), grid.get("last")
     try:
-        for key in ("settings", "hashes"):
+        for key in ("settings", "hashes", *(["teacher_watched"] if "teacher_watched" in row else [])):
             if not isinstance(row.get(key), dict):
                 raise ValueError(f"{where} lacks {key}")
         for key in ("steps", "images", "seconds"):
