@@ -101,18 +101,18 @@ def compare(
     made: dict[str, dict[str, Any]] = {}
     solved: dict[str, dict[str, float]] = {}
     recipes = {name: recipe for name, _, recipe in cells}
-    anchors = {_anchor(recipes[name], row["hashes"]): row["teacher_scores"] for name, row in earlier.items()}
+    scored = {_teacher_key(recipes[name], row["hashes"]): row["teacher_scores"] for name, row in earlier.items()}
     watched: dict[str, dict[str, float]] = {
-        _anchor(recipes[name], row["hashes"]): row["teacher_watched"]
+        _teacher_key(recipes[name], row["hashes"]): row["teacher_watched"]
         for name, row in earlier.items()
         if "teacher_watched" in row
     }
     for number, (name, settings, recipe) in enumerate(chosen, 1):
         tell(f"[{number}/{len(chosen)}] {name}")
         job = run.distillation(recipe, out / name, tell, judge=judges[name])
-        anchor = _anchor(recipe, {"teacher": job.identity, **judges[name].hashes()})
-        told = loop.run(dataclasses.replace(job, teacher_scores=anchors.get(anchor)), tell)
-        anchors[anchor] = told["teacher_scores"]
+        teacher = _teacher_key(recipe, {"teacher": job.identity, **judges[name].hashes()})
+        told = loop.run(dataclasses.replace(job, teacher_scores=scored.get(teacher)), tell)
+        scored[teacher] = told["teacher_scores"]
         row: dict[str, Any] = {"name": name, "settings": settings, "recipe": config.to_table(recipe)}
         row |= {key: told[key] for key in KEPT if key in told}
         if grid.get("euler"):
@@ -120,11 +120,12 @@ def compare(
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
         if row.get("history") and recipe.evaluate.watched != recipe.evaluate.samples:
-            watched[anchor] = watched.get(anchor) or _teachers_watched(recipe, judges[name])
-            row["teacher_watched"] = watched[anchor]
-            row["history"] = levelled(row["history"], watched[anchor], row["teacher_scores"]["metrics"])
+            watched[teacher] = watched.get(teacher) or _teachers_watched(recipe, judges[name])
+            row["teacher_watched"] = watched[teacher]
+            row["history"] = levelled(row["history"], watched[teacher], row["teacher_scores"]["metrics"])
         made[name] = row
-    rows = [(earlier | made)[name] for name, _, _ in cells if name in earlier or name in made]
+    found = earlier | made
+    rows = [found[name] for name, _, _ in cells if name in found]
     for row in rows:
         row.pop("reached", None)  # a known row may have had another target
         if "target" in grid:
@@ -135,7 +136,7 @@ def compare(
         "metric": metrics[0],
         "grid": grid,
         "rows": rows,
-        "missing": [name for name, _, _ in cells if name not in earlier and name not in made],
+        "missing": [name for name, _, _ in cells if name not in found],
         "summary": _over_seeds(rows, metrics, grid.get("last"), grid.get("anchors", {})),
         "versions": versions(),
         "machine": machine(),
@@ -148,7 +149,7 @@ def compare(
     return result
 
 
-def _anchor(recipe: Recipe, hashes: Mapping[str, str]) -> str:
+def _teacher_key(recipe: Recipe, hashes: Mapping[str, str]) -> str:
     """What a teacher's scores depend on, from what its run was made of."""
     made = {key: value for key, value in hashes.items() if key not in ("generator", "given")}
     return json.dumps([config.plain(recipe.evaluate), made], sort_keys=True)
@@ -179,12 +180,11 @@ def _earlier(
             raise ValueError(f"known: {known} has {key} = {old.get(key)!r}, and {path} has {grid.get(key)!r}")
     changed: dict[str, list[str]] = {}
     for name, _, recipe in cells:
-        if name in rows and not isinstance(rows[name].get("recipe"), dict):
-            changed[name] = ["recipe"]
-        elif name in rows:
-            before = config.completed(rows[name]["recipe"], methods.METHODS)
-            changed[name] = config.differences(before, config.to_table(recipe))
-        if changed.get(name) == []:
+        if name not in rows:
+            continue
+        then, now = rows[name].get("recipe"), config.to_table(recipe)
+        changed[name] = config.differences(config.completed(then), now) if isinstance(then, dict) else ["recipe"]
+        if not changed[name]:
             _check_row(rows[name], grid, f"known: {known}: row {name}")
     others = [name for name, keys in changed.items() if keys]
     if others:

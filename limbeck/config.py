@@ -444,14 +444,10 @@ def to_table(recipe: Recipe) -> dict[str, Any]:
     return table
 
 
-def completed(table: dict[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
-    """A stored recipe with the defaults of keys that are newer than it; as it is if it names the caller's own code.
-
-    Args:
-        known: methods by name; those of recipes with data are `TEACHING`.
-    """
+def completed(table: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the defaults of keys that are newer than it; as it is if it names the caller's own code."""
     try:
-        return to_table(resolve(table, TEACHING if "data" in table else known))
+        return to_table(resolve(table, TEACHING if "data" in table else methods.METHODS))
     except ValueError:
         return table
 

@@ -32,7 +32,6 @@ from limbeck import (
     doctor,
     folder,
     health,
-    methods,
     resources,
     summary,
 )
@@ -204,7 +203,7 @@ def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         report: dict[str, Any] = json.loads((job.out / "report.json").read_text())
-        judged = config.completed(report["recipe"], methods.METHODS)["evaluate"]
+        judged = config.completed(report["recipe"])["evaluate"]
         same = report["steps"] == job.trainer.step and judged == table["evaluate"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -497,7 +496,7 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
         if out.is_dir() and any(p.name not in (".lock", ".recipe.toml.tmp") for p in out.iterdir()):
             raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")
         return
-    old = config.completed(config.read_toml(path), methods.METHODS)
+    old = config.completed(config.read_toml(path))
     if "method" in old and not any((out / "checkpoints").glob("ckpt-*")):
         return  # nothing was made by the old settings
     changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -26,6 +28,21 @@ def _same_threads() -> Iterator[None]:
     """Recipes may set torch's threads; other tests must not feel it."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tool() -> Callable[[str], ModuleType]:
+    """Loads a program of tools/ as a module."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parent.parent / "tools" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

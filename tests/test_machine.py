@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,14 +17,6 @@ from limbeck import artifact, machine, run, teachers
 from limbeck.denoiser import Denoiser, Preconditioned
 
 ROOT = Path(__file__).parent.parent
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git: commits were not looked at")
@@ -52,7 +44,7 @@ def test_the_commit_is_that_of_limbeck(tmp_path: Path, monkeypatch: pytest.Monke
     assert machine.commit() == f"{known}+"
 
 
-def test_the_checks_of_trend_and_time_can_fail() -> None:
+def test_the_checks_of_trend_and_time_can_fail(tool: Callable[[str], ModuleType]) -> None:
     accept = tool("accept")
 
     def holds(*rows: tuple[float, float]) -> list[bool]:
@@ -63,7 +55,9 @@ def test_the_checks_of_trend_and_time_can_fail() -> None:
     assert holds((2, 3), (1, 4)) == [True, False] and holds((2, 3), (3, 1)) == [False, True]
 
 
-def test_the_demo_is_measured_by_its_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_measured_by_its_own_command(
+    tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     accept, clock = tool("accept"), [0.0]
     makefile = (ROOT / "Makefile").read_text()
     assert "METHOD ?= sid" in makefile and "distill recipes/digits-$(METHOD).toml --out runs/demo-$(METHOD)" in makefile

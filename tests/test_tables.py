@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 WHERE = {
     "machine": {"processor": "a machine", "threads": 1}, "versions": {"torch": "2"}, "commit": "0123456789ab+",
 }  # fmt: skip
 
 
 @pytest.fixture
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables(tool: Callable[[str], ModuleType]) -> ModuleType:
+    return tool("tables")
 
 
 def run(variant: str, seed: int, scores: dict[int, float]) -> dict[str, Any]:

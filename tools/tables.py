@@ -121,7 +121,8 @@ def switches(name: str) -> str:
     """The table of a comparison of switches, each alone: what it scores, and the images until the base's own quality.
 
     That quality is 1.05 times the mean of the base's final scores; what the base itself needs for it is counted alike.
-    A ratio stands where all seeds of both come there; it is that of the means, its range that of the seeds.
+    A ratio stands where all seeds of both come there; it is that of the means, its range that of the seeds. Of switches
+    called "tuned" the median over the bases is told.
     """
     result = stored(name)
     metric = result["metric"]
@@ -205,11 +206,9 @@ def perfect(result: dict[str, Any], keys: list[str]) -> list[str]:
         "student" if metric == result["metric"] else metric: f"{cell(score)} ± {cell(deviation)}"
         for metric, (score, deviation) in result["grid"].get("anchors", {}).items()
     }
-    return (
-        [line(["a perfect sampler", *(known.get(key, "") for key in keys[1:])])]
-        if known and keys[0] not in known
-        else []
-    )
+    if not known or keys[0] in known:  # without a column of names there is no room for its own
+        return []
+    return [line(["a perfect sampler", *(known.get(key, "") for key in keys[1:])])]
 
 
 def lacking(result: dict[str, Any]) -> list[str]:
