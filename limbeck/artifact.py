@@ -306,6 +306,12 @@ def _try_out(module: Any) -> None:
 
 
 def _denoiser(card: Mapping[str, Any], own: type[nn.Module] | None) -> Denoiser:
+    made = _preconditioned(card, own)
+    made.contexts = bool(card.get("contexts", False))
+    return made
+
+
+def _preconditioned(card: Mapping[str, Any], own: type[nn.Module] | None) -> Denoiser:
     network = networks.build(card["network"], card["arguments"], own)
     if networks.takes(network) not in (None, (list(card["shape"]), card["classes"])):
         raise ValueError("its network is for samples of another shape or number of classes")
@@ -327,7 +333,8 @@ def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generato
         network = networks.build(card["network"], card["arguments"], own, networks.DECODERS)
         return Given(network, card["latent_shape"], card["shape"], card["classes"], card["arguments"])
     if card["generator"] == "experts":
-        return Experts(tuple(card["shape"]), *(card[key] for key in ("classes", "experts", "width", "scale")))
+        sizes = (card["classes"], card["experts"], card["width"], card["scale"])
+        return Experts(tuple(card["shape"]), *sizes, bool(card.get("contexts", False)))
     denoiser = _denoiser(card["denoiser"], own)
     match card["generator"]:
         case "one_step":

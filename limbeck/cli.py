@@ -26,7 +26,7 @@ VERBS = {
         "DATA --out DIR [--method NAME] [--KEY VALUE ...]",
         "train a teacher, a classifier for evaluation, or a small GAN",
     ),
-    "sample": ("FILE --count N --seed S [--class K] --out PNG|NPZ", "draw samples from a generator or a teacher"),
+    "sample": ("FILE --count N --seed S [--class K | --context C] --out PNG|NPZ", "draw samples from a generator or a teacher"),
     "evaluate": (
         "FILE ... [--out DIR] [--samples N ...] [--json]",
         "score runs, generators, teachers and samples side by side",
@@ -187,10 +187,12 @@ class SampleOptions:
     """Options of `limbeck sample`.
 
     Attributes:
-        out: a .png picture (8-bit) or an .npz file: x (uint8 (n, H, W, C) for images, else float32), y (labels).
+        out: a .png picture (8-bit) or an .npz file: x (uint8 (n, H, W, C) for images, else float32), y (labels or
+            contexts).
         count: number of samples.
         seed: sample j depends on (seed, j) alone.
         label: class of all samples (--class K); left out: uniform over the classes.
+        context: context of all samples, numbers in [0, 1]; left out: uniform.
         steps: Heun steps for a teacher.
     """
 
@@ -200,15 +202,23 @@ class SampleOptions:
     count: int = 64
     seed: int = 0
     label: int | None = None
+    context: float | tuple[float, ...] | None = None
     steps: int = 18
 
     def __post_init__(self) -> None:
         for name, least in (("count", 1), ("seed", 0), ("steps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if not all(0 <= value <= 1 for value in self.contexts):
+            raise ValueError(f"context: must lie in [0, 1], got {self.context}")
         if Path(self.out).suffix not in (".png", ".npz"):
             raise ValueError(f"out: must end in .png or .npz, got {self.out}")
         check_file(self.out)
+
+    @property
+    def contexts(self) -> tuple[float, ...]:
+        """The context's numbers; () = none is asked for."""
+        return self.context if isinstance(self.context, tuple) else () if self.context is None else (self.context,)
 
 
 @dataclass(frozen=True)
@@ -507,20 +517,17 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     source, network = _one(words, "FILE"), _network(keys)
     options: SampleOptions = _options(SampleOptions, "sample", keys)
     model = _model(source, network)
-    sampler, calls, shape, classes = summary.sampler_of(model, options.steps)
+    sampler, calls, shape, classes, contexts = summary.sampler_of(model, options.steps)
     if "steps" in keys and isinstance(model, Generator):
         raise Mistake(f"steps: belongs to teachers; {source} is a generator and takes {calls} network call(s)")
     rank, world = rank_and_world()
     if options.count < world:
         raise Mistake(f"count: must be at least the number of processes, {world}, got {options.count}")
     share = range(rank * options.count // world, (rank + 1) * options.count // world)
-    drawn = latents(options.seed, share, shape, classes)
-    if options.label is not None:
-        if not 0 <= options.label < classes:
-            known = f"has classes 0 to {classes - 1}" if classes else "is unconditional"
-            raise Mistake(f"class: {source} {known}, got {options.label}")
-        assert drawn.labels is not None
-        drawn = Latents(drawn.z, drawn.labels.new_full((len(share),), options.label))
+    drawn = latents(options.seed, share, shape, classes, contexts=contexts)
+    asked = _condition(options, source, classes, contexts)
+    if asked is not None and drawn.labels is not None:
+        drawn = Latents(drawn.z, torch.tensor(asked).expand_as(drawn.labels))
     own = {"rows of x": generate(sampler, drawn, classes)}
     if drawn.labels is not None:
         own["rows of y"] = drawn.labels
@@ -544,6 +551,19 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, content)
     _say(f"{options.count} samples in {out}")
+
+
+def _condition(options: SampleOptions, source: str, classes: int, contexts: bool) -> int | tuple[float, ...] | None:
+    """The class or context that is asked for, if it is one of this model's."""
+    if contexts:
+        known = f"has contexts of {classes} number{'s' if classes > 1 else ''} in [0, 1]"
+    else:
+        known = f"has classes 0 to {classes - 1}" if classes else "is unconditional"
+    if options.label is not None and (contexts or not 0 <= options.label < classes):
+        raise Mistake(f"class: {source} {known}, got {options.label}")
+    if options.contexts and not (contexts and len(options.contexts) == classes):
+        raise Mistake(f"context: {source} {known}, got {options.context}")
+    return options.contexts or options.label
 
 
 def _model(source: str, network: Any = None) -> Any:

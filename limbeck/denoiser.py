@@ -73,6 +73,7 @@ class Denoiser(nn.Module):
         return {
             "shape": list(self.shape),
             "classes": self.classes,
+            **({"contexts": True} if self.contexts else {}),
             "sigma_data": self.sigma_data,
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max if math.isfinite(self.sigma_max) else None,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser, Output, Preconditioned, Rescaled
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Exact, Gaussian
 from limbeck.noise import Karras
 from limbeck.randomness import stream
 from limbeck.sample import default_levels, heun
@@ -175,7 +175,7 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
     Raises:
         ValueError: if outputs are not finite.
     """
-    if isinstance(teacher, Gaussian | Mixture | Empirical):
+    if isinstance(teacher, Exact):
         return None
     # the weights, and how they are read: a corrected card is another teacher
     facts = ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output", "schedule")
@@ -363,7 +363,7 @@ def _facts(samples: Tensor) -> dict[str, float]:
 def _law(teacher: Denoiser, levels: Sequence[Level], facts: dict[str, float], samples: Tensor) -> list[Finding]:
     """Faults of a teacher that is a consistent denoiser, of a law that can hardly be meant."""
     image = len(teacher.shape) == 3
-    known = isinstance(teacher, Gaussian | Mixture | Empirical)
+    known = isinstance(teacher, Exact)
     spread = facts["std"] / facts["rms"]
     linear = all(abs(level.linear - 1) < 0.08 for level in levels)
     limit = 0.6 if linear and image else 0.25 if image else 0.1

@@ -82,9 +82,10 @@ class Gaussian(Denoiser):
         terms = (x - self.mean.to(x.dtype)) ** 2 / variance + torch.log(2 * math.pi * variance)
         return -terms.flatten(1).sum(1) / 2
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` exact samples (n, *shape)."""
+    def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
+        """`n` exact samples (n, *shape); there are no conditions."""
         noise = torch.randn(n, *self.shape, generator=generator, dtype=self.dtype)
+        self.labels(cond, noise)
         return self.mean.to(self.dtype) + self.std.to(self.dtype) * noise
 
 
@@ -149,10 +150,11 @@ class Mixture(Denoiser):
         """Log density at x (B, *shape) of the law noised to `sigma` (scalar or (B,)): (B,)."""
         return torch.logsumexp(self._log_joint(x, torch.as_tensor(sigma, dtype=torch.float64)), 1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` exact samples (n, *shape)."""
+    def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
+        """`n` exact samples (n, *shape); there are no conditions."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, *self.shape, generator=generator, dtype=self.dtype)
+        self.labels(cond, noise)
         return self.means[k].to(self.dtype) + expand(self.stds[k], noise) * noise
 
 
@@ -210,8 +212,9 @@ class Empirical(Denoiser):
         value = self._visit(x, level)[0] - math.log(len(self.points)) - d / 2 * torch.log(2 * math.pi * level**2)
         return value.to(x.dtype)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` points drawn with replacement (n, *shape)."""
+    def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
+        """`n` points drawn with replacement (n, *shape); there are no conditions."""
+        self.labels(cond, self.points)
         return self.points[torch.randint(len(self.points), (n,), generator=generator)].to(self.dtype)
 
 
@@ -229,19 +232,23 @@ class Policy(Denoiser):
         super().__init__((2,), 1, mixture.sigma_data)
         self.mixture = mixture
 
-    def _turned(self, x: Tensor, cond: Tensor | None, sign: float) -> Tensor:
+    def turned(self, x: Tensor, cond: Tensor | None, sign: float) -> Tensor:
+        """Points x (B, 2) turned by sign times their contexts cond (B, 1)."""
         rows = self.labels(cond, x)
         assert rows is not None
         cos, sin = torch.cos(rows[:, 0]), sign * torch.sin(rows[:, 0])
         return torch.stack([cos * x[:, 0] - sin * x[:, 1], sin * x[:, 0] + cos * x[:, 1]], 1)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        return self._turned(self.mixture(self._turned(x, cond, -1), sigma), cond, 1)
+        return self.turned(self.mixture(self.turned(x, cond, -1), sigma), cond, 1)
 
     def log_prob(self, x: Tensor, sigma: float | Tensor = 0.0, cond: Tensor | None = None) -> Tensor:
         """Log density at x (B, 2), in contexts cond (B, 1), of the law noised to `sigma` (scalar or (B,)): (B,)."""
-        return self.mixture.log_prob(self._turned(x, cond, -1), sigma)
+        return self.mixture.log_prob(self.turned(x, cond, -1), sigma)
 
     def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
         """`n` exact samples (n, 2) in contexts cond (n, 1)."""
-        return self._turned(self.mixture.sample(n, generator), cond, 1)
+        return self.turned(self.mixture.sample(n, generator), cond, 1)
+
+
+Exact = Gaussian | Mixture | Empirical | Policy

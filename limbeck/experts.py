@@ -49,17 +49,21 @@ class Experts(Generator):
         experts: K.
         width: hidden units of the two perceptrons.
         scale: the data's scale, sigma_data: the unit of means and factors.
+        contexts: condition rows are points of [0, 1]^classes.
     """
 
-    def __init__(self, shape: tuple[int, ...], classes: int, experts: int, width: int, scale: float) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, experts: int, width: int, scale: float, contexts: bool = False
+    ) -> None:
         super().__init__()
         if len(shape) != 1:
             raise ValueError(f"experts: are for points, the samples have shape {shape}")
         self.arguments = {
             "shape": list(shape), "classes": classes, "experts": experts, "width": width, "scale": scale,
+            "contexts": contexts,
         }  # fmt: skip
         self.shape = self.latent_shape = tuple(shape)
-        self.classes, self.count, self.scale = classes, experts, float(scale)
+        self.classes, self.contexts, self.count, self.scale = classes, contexts, experts, float(scale)
         (d,) = shape
         self.entries = d * (d + 1) // 2
         self.gate = _perceptron(classes, width, experts)

@@ -20,12 +20,14 @@ class Generator(nn.Module):
         shape: of one sample.
         latent_shape: of one latent.
         classes: width of a condition row; 0 = unconditional.
+        contexts: condition rows are points of [0, 1]^classes instead of one-hot labels.
         nfe: network calls of `forward`.
     """
 
     shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     classes: int
+    contexts: bool = False
     nfe: int = 1
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -47,7 +49,7 @@ class OneStep(Generator):
             raise ValueError(f"sigma_init: must be positive and finite, got {sigma}")
         self.denoiser, self.sigma = denoiser, float(sigma)
         self.shape = self.latent_shape = denoiser.shape
-        self.classes = denoiser.classes
+        self.classes, self.contexts = denoiser.classes, denoiser.contexts
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.denoiser(self.sigma * z, z.new_tensor(self.sigma), cond)
@@ -73,7 +75,8 @@ class FewStep(Generator):
         if not sigmas or any(not 0 < s < math.inf for s in sigmas) or list(sigmas) != sorted(sigmas, reverse=True):
             raise ValueError(f"sigmas: must be positive, finite and falling, got {list(sigmas)}")
         self.denoiser, self.sigmas = denoiser, [float(s) for s in sigmas]
-        self.shape, self.classes, self.nfe = denoiser.shape, denoiser.classes, len(sigmas)
+        self.shape, self.nfe = denoiser.shape, len(sigmas)
+        self.classes, self.contexts = denoiser.classes, denoiser.contexts
         self.latent_shape = (self.nfe, *denoiser.shape)
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -135,7 +138,7 @@ class Direct(Generator):
             raise ValueError(f"generator.noise: must be finite, got {noise}")
         self.denoiser, self.noise = denoiser, float(noise)
         self.shape = self.latent_shape = denoiser.shape
-        self.classes = denoiser.classes
+        self.classes, self.contexts = denoiser.classes, denoiser.contexts
 
     def at(self, z: Tensor, noise: float, cond: Tensor | None = None) -> Tensor:
         """Samples (B, *shape) with another constant in the place of `noise`."""
@@ -166,7 +169,7 @@ class Trajectory(Generator):
         super().__init__()
         self.denoiser, self.levels = denoiser, levels
         self.shape = self.latent_shape = denoiser.shape
-        self.classes = denoiser.classes
+        self.classes, self.contexts = denoiser.classes, denoiser.contexts
 
     def raw(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """F(z, t) (B, *shape) for z (B, *shape) ~ N(0, I) and t a scalar or (B,)."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import gather
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Exact, Mixture
 from limbeck.objective import Batch
 from limbeck.sample import heun
 
@@ -178,8 +178,8 @@ class Looks:
         batch = _gather(source)
         n = len(batch.z)
         census: Census | None = None
-        if isinstance(teacher, Gaussian | Mixture | Empirical):
-            truth = teacher.sample(n, torch.Generator().manual_seed(0)).to(batch.z.dtype)
+        if isinstance(teacher, Exact):
+            truth = teacher.sample(n, torch.Generator().manual_seed(0), batch.cond).to(batch.z.dtype)
         else:
             truth = heun(teacher, batch.eps, steps, cond=batch.cond)
         if isinstance(teacher, Mixture):

@@ -468,9 +468,10 @@ def _draw(job: Job) -> None:
     model = job.trainer.ema.whole()
     if not is_first():
         return
-    sampler, _, shape, classes = summary.sampler_of(model, job.recipe.evaluate.teacher_steps)
+    sampler, _, shape, classes, contexts = summary.sampler_of(model, job.recipe.evaluate.teacher_steps)
     tiny = len(shape) == 1
-    drawn = latents(job.recipe.evaluate.seed, range(VALIDATION, VALIDATION + (2000 if tiny else 80)), shape, classes)
+    indices = range(VALIDATION, VALIDATION + (2000 if tiny else 80))
+    drawn = latents(job.recipe.evaluate.seed, indices, shape, classes, contexts=contexts)
     picture = overview(generate(sampler, drawn, classes), 16, 3 * job.trainer.teacher.sigma_data)
     if picture is not None:
         place = job.out / "samples"

@@ -13,7 +13,7 @@ from limbeck import config, data, loop
 from limbeck.config import Every, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import wait_for_all
-from limbeck.exact import Empirical, Gaussian, Mixture, Policy
+from limbeck.exact import Exact
 from limbeck.folder import Stop, Tell
 from limbeck.generator import Generator
 from limbeck.objective import Pairs
@@ -45,10 +45,8 @@ def provider_for(recipe: Recipe, teacher: Denoiser) -> Provider | None:
 
 def exact_provider(teacher: Denoiser) -> Provider | None:
     """The samples of an exact teacher."""
-    if isinstance(teacher, Policy):
-        return lambda n, rng, contexts: teacher.sample(n, rng, contexts)
-    if isinstance(teacher, Gaussian | Mixture | Empirical):
-        return lambda n, rng, labels: teacher.sample(n, rng)
+    if isinstance(teacher, Exact):
+        return lambda n, rng, cond: teacher.sample(n, rng, cond)
     return None
 
 
@@ -75,11 +73,23 @@ class Preparation:
         if provider is not None or pairs is not None:
             job = replace(job, source=RealSource(self.noise, provider, pairs))
         seconds = time.perf_counter() - began
-        fresh = self.template is not self.teacher and job.trainer.step == 0
-        if fresh and job.recipe.warm_start and getattr(method, "warm_start", False):
+        if job.trainer.step == 0 and self.warms(job.recipe):
             trainer, spent = self._warm_start(job, stop, tell)
             return replace(job, trainer=trainer), seconds + spent
         return job, seconds
+
+    def warms(self, recipe: Recipe) -> bool:
+        """Is the student's network to learn to imitate the teacher first?
+
+        Raises:
+            ValueError: if there are no samples to learn it on.
+        """
+        asked = recipe.warm_start > 0 and getattr(recipe.method, "warm_start", False)
+        if self.template is self.teacher or not asked:
+            return False
+        if self.teacher.contexts and exact_provider(self.teacher) is None:
+            raise ValueError("warm_start: teachers of contexts that are no exact laws need warm_start = 0")
+        return True
 
     def _warm_start(self, job: loop.Job, stop: Stop, tell: Tell) -> tuple[Trainer, float]:
         """A trainer whose players are copies of a template that imitates the teacher: all these methods start there."""
@@ -108,8 +118,6 @@ class Preparation:
         return trainer, seconds
 
     def _teacher_provider(self, job: loop.Job, count: int, tell: Tell) -> Provider:
-        if self.teacher.contexts:
-            raise ValueError("warm_start: teachers of contexts that are no exact laws need warm_start = 0")
         pairs = self._pairs(job, count, tell)
         if pairs.cond is None:
             return provider_of(pairs.x, None)

@@ -123,6 +123,7 @@ def distillation(
     )  # fmt: skip
     provider = provider_for(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, start, noise, provider)
+    prepare.warms(recipe)  # or is refused
     job = Job(
         recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network,
         given="" if given is None else artifact.fingerprint(given),

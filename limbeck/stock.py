@@ -19,9 +19,8 @@ from limbeck.distributed import rank_and_world, wait_for_all
 from limbeck.evaluate.draws import latents
 from limbeck.files import write_atomically
 from limbeck.objective import Pairs
-from limbeck.randomness import seed_of, stream
+from limbeck.randomness import seed_of
 from limbeck.sample import heun
-from limbeck.source import one_hot
 
 PART = 500
 
@@ -35,16 +34,13 @@ def teacher_pairs(
         folder: where parts are read from, or else written to.
         drawn: is told how many pairs there are after every part; what it raises stops the work between two parts.
     """
-    key = seed_of(artifact.fingerprint(teacher), seed, steps, *(["contexts"] if teacher.contexts else []))
+    key = seed_of(artifact.fingerprint(teacher), seed, steps, *(["one context each"] if teacher.contexts else []))
     folder.mkdir(parents=True, exist_ok=True)
 
     def part(start: int) -> Pairs:
         path = folder / f"{key:016x}-{start:09d}.safetensors"
-        labels = 0 if teacher.contexts else teacher.classes
-        asked = latents(seed, range(start, start + PART), teacher.shape, labels, "teacher")
-        cond = None if asked.labels is None else one_hot(asked.labels, teacher.classes)
-        if teacher.contexts:
-            cond = torch.rand(PART, teacher.classes, generator=stream(seed, "teacher's contexts", start))
+        asked = latents(seed, range(start, start + PART), teacher.shape, teacher.classes, "teacher", teacher.contexts)
+        cond = asked.rows(teacher.classes)
         x = _read(path)
         if x is None or x.shape != asked.z.shape:
             with torch.no_grad():

@@ -34,11 +34,6 @@ def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | N
     built = isinstance(teacher, Networked) or hasattr(inner, "arguments")
     if name is None and not options and built:
         return teacher
-    facts = (teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max)
-    if name == "unet2d" and not options and isinstance(inner, networks.UNet2D):
-        network: nn.Module = networks.UNet2D(inner.arguments["config"])
-        network.load_state_dict(inner.state_dict())
-        return Preconditioned(network, *facts, noise_unit=1.0)
     if name is None:
         name = "mlp" if len(teacher.shape) < 3 or max(teacher.shape[1:]) <= 8 else "dit"
         name = name if own is None else networks.OWN
@@ -46,9 +41,17 @@ def student_template(recipe: Recipe, teacher: Denoiser, own: type[nn.Module] | N
         torch.manual_seed(recipe.seed)
         if name == networks.OWN:
             network = networks.build(name, options, own)
+        elif name == "unet2d" and not options and isinstance(inner, networks.UNet2D):
+            network = networks.UNet2D(inner.arguments["config"])
+            network.load_state_dict(inner.state_dict())
         else:
             network = networks.for_samples(name, teacher.shape, teacher.classes, options)
-    return Preconditioned(network, *facts, noise_unit=1.0 if name == "unet2d" else None)
+    template = Preconditioned(
+        network, teacher.shape, teacher.classes, teacher.sigma_data, teacher.sigma_min, teacher.sigma_max,
+        noise_unit=1.0 if name == "unet2d" else None,
+    )  # fmt: skip
+    template.contexts = teacher.contexts
+    return template
 
 
 def fit_levels(recipe: Recipe, teacher: Denoiser, tell: Tell) -> Recipe:

@@ -17,9 +17,9 @@ from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import rank_and_world
 from limbeck.evaluate import VALIDATION, ExactJudge, Judge, Scores, measure
-from limbeck.evaluate.draws import Sampler, generate, latents
+from limbeck.evaluate.draws import Sampler, generate, in_order, latents
 from limbeck.evaluate.judge import bundled_judge, measured_judge, read_judge
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Exact
 from limbeck.features import Classifier
 from limbeck.files import write_atomically
 from limbeck.generator import Generator, Trajectory
@@ -68,7 +68,7 @@ def _judge(
     size: int | None,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Judge | None:
-    if isinstance(teacher, Gaussian | Mixture | Empirical):
+    if isinstance(teacher, Exact):
         for name in ("data", "reference", "features"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"evaluate.{name}: an exact law is its own reference; leave evaluate.{name} out")
@@ -91,20 +91,20 @@ def _judge(
     return bundled_judge(law, settings.quantize)
 
 
-def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int]:
-    """(sampler, NFE, latent shape, classes) of a generator, or of a denoiser by Heun's method.
+def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int, bool]:
+    """(sampler, NFE, latent shape, classes, contexts) of a generator, or of a denoiser by Heun's method.
 
     Raises:
         ValueError: for a model that draws no samples.
     """
     if isinstance(model, Generator):
-        return model, model.nfe, model.latent_shape, model.classes
+        return model, model.nfe, model.latent_shape, model.classes, model.contexts
     if isinstance(model, Denoiser):
 
         def sample(z: Tensor, cond: Tensor | None) -> Tensor:
             return heun(model, z, teacher_steps, cond=cond)
 
-        return sample, 2 * teacher_steps - 1, model.shape, model.classes
+        return sample, 2 * teacher_steps - 1, model.shape, model.classes, model.contexts
     raise ValueError(f"{type(model).__name__}: draws no samples")
 
 
@@ -232,16 +232,24 @@ def truths(judge: Judge, samples: int) -> dict[str, Any]:
 def _scores(job: Job, model: nn.Module) -> Scores:
     assert job.judge is not None
     s = job.recipe.evaluate
-    sampler, nfe, shape, classes = sampler_of(model, s.teacher_steps)
-    return measure(sampler, nfe, job.judge, shape, classes, samples=s.samples, draws=s.draws, seed=s.seed)
+    sampler, nfe, shape, classes, contexts = sampler_of(model, s.teacher_steps)
+    return measure(sampler, nfe, job.judge, shape, classes, contexts, samples=s.samples, draws=s.draws, seed=s.seed)
 
 
 def watched(model: nn.Module, judge: Judge, settings: Evaluation) -> dict[str, float]:
     """Scores on the validation indices and the judge's separate half, of `settings.watched` samples."""
-    sampler, nfe, shape, classes = sampler_of(model, settings.teacher_steps)
+    sampler, nfe, shape, classes, contexts = sampler_of(model, settings.teacher_steps)
     count = settings.watched or max(2, settings.samples // 4)
     return measure(
-        sampler, nfe, judge.watching(), shape, classes, samples=count, seed=settings.seed, first=VALIDATION
+        sampler,
+        nfe,
+        judge.watching(),
+        shape,
+        classes,
+        contexts,
+        samples=count,
+        seed=settings.seed,
+        first=VALIDATION,
     ).metrics
 
 
@@ -261,19 +269,20 @@ def figures(job: Job, model: nn.Module) -> list[Panel]:
     panels: list[Panel] = []
     plane = len(teacher.shape) == 1 and teacher.shape[0] == 2
     clouds: dict[str, list[list[float]]] = {}
-    if plane and isinstance(teacher, Gaussian | Mixture | Empirical):
-        clouds["Target"] = teacher.sample(2000, torch.Generator().manual_seed(0)).tolist()
+    if plane and isinstance(teacher, Exact):
+        cond = in_order(2000, teacher.classes, True) if teacher.contexts else None
+        clouds["Target"] = teacher.sample(2000, torch.Generator().manual_seed(0), cond).tolist()
     for name, maker in makers.items():
-        sampler, nfe, shape, classes = sampler_of(maker, settings.teacher_steps)
+        sampler, nfe, shape, classes, contexts = sampler_of(maker, settings.teacher_steps)
         drawn = latents(settings.seed, range(2000 if plane else 100), shape, classes)
-        if drawn.labels is not None:
-            drawn = dataclasses.replace(drawn, labels=torch.arange(len(drawn.z)) // 10 % classes)
+        if classes:
+            drawn = dataclasses.replace(drawn, labels=in_order(len(drawn.z), classes, contexts))
         x = generate(sampler, drawn, classes)
         calls = f"{nfe} network call{'s' if nfe > 1 else ''} per sample"
         if plane:
             clouds[f"{name}, {nfe} NFE"] = x.tolist()
         elif x.ndim == 4:
-            rows = ", one class per row" if drawn.labels is not None else ""
+            rows = f", one {'context' if contexts else 'class'} per row" if classes else ""
             panels.append(
                 report.Picture(name, f"{calls}; student and teacher start from equal noise{rows}.", png(grid(x, 10)))
             )

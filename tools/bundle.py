@@ -53,8 +53,8 @@ def main() -> None:
         settings = Evaluation()
         judge = summary.judge_for(name, settings, model)
         assert judge is not None
-        sampler, nfe, shape, classes = summary.sampler_of(model, settings.teacher_steps)
-        scores = measure(sampler, nfe, judge, shape, classes, samples=settings.samples)
+        sampler, nfe, shape, classes, contexts = summary.sampler_of(model, settings.teacher_steps)
+        scores = measure(sampler, nfe, judge, shape, classes, contexts, samples=settings.samples)
         facts["scores"] = {"nfe": nfe, **scores.metrics}
         facts["floor"] = judge.floor(settings.samples).metrics
         write()

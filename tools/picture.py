@@ -19,7 +19,7 @@ def main() -> None:
     student, teacher = artifact.load_generator(sys.argv[1]), teachers.load("digits")
     pictures = []
     for model in (student, teacher):
-        sampler, _, shape, classes = sampler_of(model, 18)
+        sampler, _, shape, classes, _ = sampler_of(model, 18)
         drawn = Latents(latents(0, range(60), shape, classes).z, torch.arange(60) % classes)
         pictures.append(grid(generate(sampler, drawn, classes), 10))
     left, right = pictures

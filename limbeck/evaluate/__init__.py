@@ -66,6 +66,7 @@ def measure(
     judge: Judge,
     latent_shape: tuple[int, ...],
     classes: int,
+    contexts: bool = False,
     *,
     samples: int,
     draws: int = 1,
@@ -79,6 +80,7 @@ def measure(
         sampler: called as sampler(z, cond).
         nfe: network calls of one sample, for the record.
         classes: labels are uniform over the classes; 0 = none.
+        contexts: conditions are uniform in [0, 1)^classes instead.
         batch: samples made and judged at once; memory grows with it, not with `samples`. Results do not depend on it,
             except through the rounding of the networks' own arithmetic.
 
@@ -93,7 +95,8 @@ def measure(
         rank, world = rank_and_world()
         # contiguous shares keep the samples in the order of one process, whatever their number
         for start in starts.tensor_split(world)[rank].tolist():
-            drawn = latents(seed, range(start, min(start + batch, begin + samples)), latent_shape, classes)
+            indices = range(start, min(start + batch, begin + samples))
+            drawn = latents(seed, indices, latent_shape, classes, contexts=contexts)
             before = time.perf_counter()
             x = generate(sampler, drawn, classes, batch)
             seconds += time.perf_counter() - before

@@ -23,7 +23,7 @@ from limbeck.data import Data
 from limbeck.denoiser import Denoiser
 from limbeck.distributed import gather, rank_and_world
 from limbeck.evaluate import Judge, Scores, measure, measure_data
-from limbeck.evaluate.draws import Latents, generate, latents
+from limbeck.evaluate.draws import Latents, generate, in_order, latents
 from limbeck.evaluate.judge import ExactJudge, ImageJudge
 from limbeck.evaluate.neighbours import nearest_neighbour_distance
 from limbeck.files import check_folder, write_atomically
@@ -247,10 +247,11 @@ def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | Non
         scores = measure_data(who.samples, judge)
     else:
         assert who.model is not None
-        sampler, nfe, shape, classes = summary.sampler_of(who.model, who.steps)
+        sampler, nfe, shape, classes, contexts = summary.sampler_of(who.model, who.steps)
         scores = measure(
-            sampler, nfe, judge, shape, classes, samples=settings.samples, draws=settings.draws, seed=settings.seed
-        )
+            sampler, nfe, judge, shape, classes, contexts,
+            samples=settings.samples, draws=settings.draws, seed=settings.seed,
+        )  # fmt: skip
     if stored is not None and rank_and_world()[0] == 0:
         stored.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(stored, json.dumps(dataclasses.asdict(scores)))
@@ -348,7 +349,8 @@ def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluat
     panels: list[Panel] = []
     clouds: dict[str, list[list[float]]] = {}
     if isinstance(judge, ExactJudge) and tuple(judge.target.shape) == (2,):
-        clouds["Target"] = judge.target.sample(2000, torch.Generator().manual_seed(0)).tolist()
+        contexts = in_order(2000, judge.target.classes, True) if judge.target.contexts else None
+        clouds["Target"] = judge.target.sample(2000, torch.Generator().manual_seed(0), contexts).tolist()
     for who in contestants:
         x, text = _some(who, settings.seed, 2000 if clouds else 100)
         if clouds:
@@ -361,14 +363,14 @@ def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluat
 
 
 def _some(who: Contestant, seed: int, count: int) -> tuple[Tensor, str]:
-    """A few samples for the eye, one class per row where there are classes."""
+    """A few samples for the eye, one class or context per row where there are such."""
     if who.samples is not None:
         return who.samples.x[:count], "The first of the given samples."
     assert who.model is not None
-    sampler, nfe, shape, classes = summary.sampler_of(who.model, who.steps)
+    sampler, nfe, shape, classes, contexts = summary.sampler_of(who.model, who.steps)
     drawn = latents(seed, range(count), shape, classes)
     if classes:
-        drawn = Latents(drawn.z, torch.arange(count) // 10 % classes)
+        drawn = Latents(drawn.z, in_order(count, classes, contexts))
     text = f"{nfe} network call{'s' if nfe > 1 else ''} per sample, equal noise for all models."
     return generate(sampler, drawn, classes), text
 

@@ -22,22 +22,38 @@ Sampler = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Latents:
-    """z (n, *latent_shape) and class numbers (n,) or None, of a range of indices."""
+    """z (n, *latent_shape) of a range of indices, and class numbers (n,), contexts (n, classes) or None."""
 
     z: Tensor
     labels: Tensor | None
 
+    def rows(self, classes: int, part: slice = slice(None)) -> Tensor | None:
+        """Condition rows (n, classes), None without classes."""
+        if self.labels is None or self.labels.ndim == 2:
+            return None if self.labels is None else self.labels[part]
+        return one_hot(self.labels[part], classes)
 
-def latents(seed: int, indices: range, shape: tuple[int, ...], classes: int, key: str = "sample") -> Latents:
-    """Latents and uniform class numbers of `indices`; each index of a key has a stream of its own."""
+
+def latents(
+    seed: int, indices: range, shape: tuple[int, ...], classes: int, key: str = "sample", contexts: bool = False
+) -> Latents:
+    """Latents of `indices`, and class numbers or contexts, uniform; each index of a key has a stream of its own."""
     z = torch.empty(len(indices), *shape)
-    labels = torch.empty(len(indices), dtype=torch.long)
+    labels = torch.empty(len(indices), classes) if contexts else torch.empty(len(indices), dtype=torch.long)
     for row, index in enumerate(indices):
         rng = stream(seed, key, index)
         torch.randn(shape, generator=rng, out=z[row])
-        if classes:
+        if contexts:
+            torch.rand(classes, generator=rng, out=labels[row])
+        elif classes:
             labels[row] = torch.randint(classes, (), generator=rng)
     return Latents(z, labels if classes else None)
+
+
+def in_order(count: int, classes: int, contexts: bool = False) -> Tensor:
+    """Labels of `count` samples for the eye: ten of each class, or of each of ten contexts from 0 to 1, in turn."""
+    tens = torch.arange(count) // 10
+    return (tens % 10 / 9)[:, None].expand(count, classes) if contexts else tens % classes
 
 
 @torch.no_grad()
@@ -45,9 +61,8 @@ def generate(sampler: Sampler, drawn: Latents, classes: int, batch: int = 500) -
     """Samples (n, *shape) of `sampler(z, cond)`, computed `batch` at a time."""
     parts = []
     for start in range(0, len(drawn.z), batch):
-        rows = slice(start, start + batch)
-        cond = None if drawn.labels is None else one_hot(drawn.labels[rows], classes)
-        parts.append(sampler(drawn.z[rows], cond))
+        part = slice(start, start + batch)
+        parts.append(sampler(drawn.z[part], drawn.rows(classes, part)))
     return torch.cat(parts)
 
 

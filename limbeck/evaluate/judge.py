@@ -28,7 +28,7 @@ from limbeck.evaluate.kernel import kid, mmd2
 from limbeck.evaluate.modes import mode_statistics
 from limbeck.evaluate.neighbours import PRDC, memorisation, precision_recall_density_coverage
 from limbeck.evaluate.transport import sliced_wasserstein
-from limbeck.exact import Empirical, Gaussian, Mixture
+from limbeck.exact import Empirical, Exact, Gaussian, Mixture, Policy
 from limbeck.features import Classifier, Scripted
 from limbeck.files import sha256, write_atomically
 from limbeck.randomness import stream
@@ -77,7 +77,7 @@ class Tally(Protocol):
     """Samples seen so far, as far as the scores need them."""
 
     def add(self, x: Tensor, labels: Tensor | None) -> None:
-        """Take in samples x (n, *shape), asked for with class numbers `labels` (n,) or none."""
+        """Take in samples x (n, *shape), asked for with class numbers `labels` (n,), contexts (n, classes) or none."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -504,9 +504,12 @@ class ExactJudge:
 
     MMD is the biased V-statistic with the kernel mixture of VarDiU's experiments (arXiv:2508.20646) in units of
     `scale`, or else of the law's sigma_data, against as many fresh samples of the law.
+
+    Samples of a policy are turned back by their contexts, and should be those of its mixture in every context:
+    distances are of points with their contexts, in units of sigma_data, as further coordinates.
     """
 
-    target: Gaussian | Mixture | Empirical
+    target: Exact
     seed: int = 0
     name: str = "target"
     scale: float | None = None
@@ -519,8 +522,9 @@ class ExactJudge:
         return dataclasses.replace(self, name="watched target")
 
     def floor(self, samples: int) -> Truth:
-        tally = self.tally()
-        tally.add(self.target.sample(samples, stream(self.seed, "floor")), None)
+        tally, rng = self.tally(), stream(self.seed, "floor")
+        contexts = torch.rand(samples, self.target.classes, generator=rng) if self.target.contexts else None
+        tally.add(self.target.sample(samples, rng, contexts), contexts)
         return Truth(tally.judgement().metrics, samples, "as many exact samples of the law, scored in the same way")
 
     def halves(self) -> None:
@@ -529,11 +533,12 @@ class ExactJudge:
     @property
     def names(self) -> set[str]:
         told = {"mmd", "mmd2", "log_mmd2", "sliced_wasserstein", "c2st"}
-        if not isinstance(self.target, Empirical):
+        law = unturned(self.target)
+        if not isinstance(law, Empirical):
             told.add("log_density")
-        if isinstance(self.target, Mixture):
+        if isinstance(law, Mixture):
             told |= {"mode_recall", "mode_outside", "mode_spread"}
-            told |= {f"share_{k}" for k in range(len(self.target.weights))}
+            told |= {f"share_{k}" for k in range(len(law.weights))}
         return told
 
     def check(self, who: str, shape: tuple[int, ...]) -> None:
@@ -553,20 +558,30 @@ class ExactTally:
     def __init__(self, judge: ExactJudge) -> None:
         self.judge = judge
         self.rows = torch.empty(0, *judge.target.shape, dtype=torch.float64)
+        self.contexts = torch.empty(0, judge.target.classes, dtype=torch.float64)
 
     def add(self, x: Tensor, labels: Tensor | None) -> None:
-        self.rows = torch.cat([self.rows, x.double()])
+        x, target = x.double(), self.judge.target
+        if isinstance(target, Policy):
+            contexts = torch.zeros(len(x), target.classes) if labels is None else labels
+            x = target.turned(x, contexts, -1)
+            self.contexts = torch.cat([self.contexts, contexts.double()])
+        self.rows = torch.cat([self.rows, x])
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"rows": self.rows}
+        return {"rows": self.rows} | ({"rows of contexts": self.contexts} if self.judge.target.contexts else {})
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         self.rows = torch.cat([self.rows, state["rows"]])
+        if self.judge.target.contexts:
+            self.contexts = torch.cat([self.contexts, state["rows of contexts"]])
 
     def judgement(self) -> Judgement:
-        target, scale = self.judge.target, self.judge.target.sigma_data
+        target, scale = unturned(self.judge.target), self.judge.target.sigma_data
         truth = target.sample(len(self.rows), stream(self.judge.seed, self.judge.name)).flatten(1).double()
-        flat = self.rows.flatten(1)
+        points, flat = self.rows.flatten(1), self.rows.flatten(1)
+        if len(self.contexts):
+            flat, truth = (torch.cat([x, scale * self.contexts], 1) for x in (flat, truth))
         gap = mmd2(flat, truth, self.judge.scale or scale)
         told: Metrics = {"mmd": math.sqrt(max(gap, 0.0)), "mmd2": gap, "log_mmd2": math.log(max(gap, 1e-300))}
         told["sliced_wasserstein"] = sliced_wasserstein(flat, truth) / scale
@@ -577,12 +592,17 @@ class ExactTally:
         told["log_density"] = float(target.log_prob(self.rows).mean())
         details: dict[str, list[float]] = {}
         if isinstance(target, Mixture):
-            modes = mode_statistics(flat, target.means.flatten(1), target.stds, weights=target.weights)
+            modes = mode_statistics(points, target.means.flatten(1), target.stds, weights=target.weights)
             told |= {"mode_recall": modes.recall, "mode_outside": modes.outside}
             if not math.isnan(modes.spread):
                 told["mode_spread"] = modes.spread
             told |= {f"share_{k}": float(share) for k, share in enumerate(modes.shares)}
         return Judgement(told, details=details)
+
+
+def unturned(law: Exact) -> Gaussian | Mixture | Empirical:
+    """A policy's law in context 0; any other as it is."""
+    return law.mixture if isinstance(law, Policy) else law
 
 
 def _compact(rows: Tensor) -> Tensor:

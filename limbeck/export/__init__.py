@@ -79,6 +79,8 @@ def export(
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"to: {to} needs {module}: pip install 'limbeck[{extra}]'")
     generator, card = _opened(source, network)
+    if generator.contexts and to in ("diffusers", "web"):
+        raise ValueError(f"to: {to} asks for classes, and this generator has contexts; take onnx or torch")
     out.parent.mkdir(parents=True, exist_ok=True)
     if to in SUFFIX:
         from limbeck.export import graph

@@ -66,6 +66,8 @@ class SDS:
         """The point, or points of the classes; a given generator must have a Dirac law too."""
         if generator is not None and not isinstance(generator, Dirac):
             raise ValueError("generator: SDS knows the score of a single point only, limbeck.generator.Dirac")
+        if template.contexts:
+            raise ValueError("teacher: sds has a point for each class, and none for contexts")
         return {"generator": generator or Dirac(template.shape, template.classes, template.sigma_data)}
 
     def optimizers(self) -> dict[str, Optimizer]:

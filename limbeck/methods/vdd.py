@@ -82,7 +82,9 @@ class VDD:
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         """The mixture of experts: nothing of the template but shape, labels and scale."""
         if generator is None:
-            generator = Experts(template.shape, template.classes, self.experts, self.width, template.sigma_data)
+            generator = Experts(
+                template.shape, template.classes, self.experts, self.width, template.sigma_data, template.contexts
+            )
         elif not isinstance(generator, Experts):
             raise ValueError("generator: VDD trains a mixture of experts (limbeck.experts.Experts)")
         return {"generator": generator}

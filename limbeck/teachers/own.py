@@ -24,6 +24,7 @@ class Card:
     Attributes:
         shape: shape of one sample, e.g. [3, 32, 32].
         classes: width of a condition row; 0 = unconditional.
+        contexts: condition rows are points of [0, 1]^classes instead of one-hot labels.
         preconditioning: edm: the network is called as network(c_in x, ln(sigma / noise_unit) / 4, cond) in EDM's
             preconditioning; rescaled: as network(x_t, t, cond) in the time of `schedule`, and predicts `output`.
         schedule: vp, cosine, flow, or a table such as {"name": "vp", "beta_d": 19.9, "beta_min": 0.1} or
@@ -40,6 +41,7 @@ class Card:
 
     shape: list[int]
     classes: int = 0
+    contexts: bool = False
     preconditioning: Literal["edm", "rescaled"] = "edm"
     schedule: str | dict[str, Any] | None = None
     output: Output | None = None

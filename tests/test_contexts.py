@@ -1,0 +1,247 @@
+"""Conditions that are points of [0, 1]^n instead of classes: samples, scores, files and methods of policies."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import limbeck
+from limbeck import artifact, cli, config, methods, stock, teachers
+from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.evaluate import ExactJudge, measure
+from limbeck.evaluate.draws import generate, in_order, latents
+from limbeck.exact import Policy
+from limbeck.experts import Experts
+from limbeck.export import export
+from limbeck.generator import Direct, FewStep, Generator, OneStep, Trajectory
+from limbeck.networks import MLP
+from limbeck.noise import Karras
+from limbeck.students import student_template
+from limbeck.summary import sampler_of
+
+QUIET = {"tell": lambda line: None}
+# -log 4 - log(2 pi 0.09) - 1, the modes being apart
+LOG_DENSITY = -math.log(4) - math.log(2 * math.pi * 0.09) - 1
+
+
+def policy() -> Policy:
+    made = teachers.load("exact:policy4")
+    assert isinstance(made, Policy)
+    return made
+
+
+def learned(contexts: bool = True) -> Preconditioned:
+    torch.manual_seed(0)
+    made = Preconditioned(MLP((2,), 1, width=8, depth=1), (2,), 1)
+    made.contexts = contexts
+    return made
+
+
+class Opaque(Denoiser):
+    """A policy of which only the denoiser is known."""
+
+    contexts = True
+
+    def __init__(self) -> None:
+        super().__init__((2,), 1, policy().sigma_data)
+        self.law = policy()
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.law(x, sigma, cond)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_depends_on_seed_and_index_alone() -> None:
+    whole = latents(3, range(500), (2,), 2, contexts=True)
+    assert whole.labels is not None and whole.labels.shape == (500, 2)
+    for some in (range(7, 19), range(0, 500, 3)):
+        part = latents(3, some, (2,), 2, contexts=True)
+        assert part.labels is not None and torch.equal(part.labels, whole.labels[list(some)])
+    assert torch.equal(whole.z, latents(3, range(500), (2,), 0).z)  # contexts do not move the noise
+    assert whole.labels.min() < 0.02 and 0.98 < whole.labels.max() < 1
+    assert whole.labels.unique().numel() == 1000
+    assert torch.equal(generate(lambda z, cond: cond, whole, 2, batch=70), whole.labels)  # type: ignore[arg-type, return-value]
+
+
+def test_contexts_for_the_eye_go_from_0_to_1() -> None:
+    rows = in_order(200, 2, contexts=True)
+    assert rows.shape == (200, 2) and torch.equal(rows[:10], torch.zeros(10, 2)) and torch.equal(rows[:100], rows[100:])
+    assert torch.equal(rows[90:100], torch.ones(10, 2)) and torch.allclose(rows[35], torch.tensor(1 / 3))
+    assert torch.equal(in_order(30, 2), torch.tensor([0, 1, 0]).repeat_interleave(10))
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def scores(student: Any, samples: int = 2000) -> dict[str, float]:
+    """What the judge of the policy says of `student(mode's number, noise, context)`."""
+
+    def sampler(z: Tensor, cond: Tensor | None) -> Tensor:
+        assert cond is not None
+        k = (torch.special.ndtr(z[:, 2]) * 4).long().clamp(0, 3)
+        k = student(k, cond[:, 0])
+        still = policy().mixture.means.float()[k] + 0.3 * z[:, :2]
+        return policy().turned(still, cond, 1)
+
+    return measure(sampler, 1, ExactJudge(policy()), (3,), 1, True, samples=samples).metrics
+
+
+def test_a_policy_is_judged_in_its_contexts() -> None:
+    judge = ExactJudge(policy())
+    exact, floor = scores(lambda k, c: k), judge.floor(2000).metrics
+    for found in (exact, floor):
+        assert found.keys() == judge.names
+        assert found["log_density"] == pytest.approx(LOG_DENSITY, abs=0.1) and found["mode_recall"] == 1
+    # one mode is missing in low contexts, another one in high ones: in the mean over contexts there is no gap
+    lost = scores(lambda k, c: torch.where((c < 0.5) & (k == 0) | (c >= 0.5) & (k == 1), 1 - k, k))
+    halves = scores(lambda k, c: torch.where((k < 2), (c < 0.5).long(), k))
+    assert abs(halves["share_0"] - 0.25) < 0.03 and abs(halves["share_1"] - 0.25) < 0.03
+    for wrong in (lost, halves):
+        assert wrong["mmd"] > 2 * max(exact["mmd"], floor["mmd"]) and wrong["c2st"] > 0.55
+
+
+def test_who_ignores_the_context_is_found() -> None:
+    found = measure(
+        lambda z, cond: policy().turned(policy().mixture.means.float()[(z[:, 2] > 0).long()] + 0.3 * z[:, :2], None, 1),
+        1, ExactJudge(policy()), (3,), 1, True, samples=1000,
+    ).metrics  # fmt: skip
+    assert found["log_density"] < LOG_DENSITY - 2 and found["mmd"] > 0.3
+
+
+def test_tallies_of_two_processes_are_one() -> None:
+    judge, rng = ExactJudge(policy()), torch.Generator().manual_seed(0)
+    contexts = torch.rand(400, 1, generator=rng)
+    x = policy().sample(400, rng, contexts)
+    whole, first, second = judge.tally(), judge.tally(), judge.tally()
+    whole.add(x, contexts)
+    first.add(x[:100], contexts[:100])
+    second.add(x[100:], contexts[100:])
+    first.merge(second.tensors())
+    assert first.judgement().metrics == whole.judgement().metrics
+
+
+def test_exact_laws_without_contexts_take_none() -> None:
+    for name in ("exact:ring8", "exact:gaussian"):
+        law: Any = teachers.load(name)
+        assert law.sample(3, None, None).shape == (3, 2)
+        with pytest.raises(ValueError, match=r"^cond: this denoiser is unconditional"):
+            law.sample(3, None, torch.zeros(3, 1))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("contexts", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: OneStep(d, 2.5),
+        lambda d: FewStep(d, [2.5, 0.8]),
+        Direct,
+        lambda d: Trajectory(d, Karras()),
+        lambda d: Experts((2,), 1, 3, 8, 0.5, d.contexts),
+    ],
+    ids=["one_step", "few_step", "direct", "trajectory", "experts"],
+)
+def test_files_keep_contexts(make: Any, contexts: bool, tmp_path: Path) -> None:
+    generator: Generator = make(learned(contexts)).eval()
+    artifact.save(tmp_path / "generator.safetensors", "generator", generator, {})
+    again = artifact.load_generator(tmp_path / "generator.safetensors")
+    assert generator.contexts == again.contexts == contexts == sampler_of(again, 2)[4]
+
+
+def test_denoisers_and_their_students_keep_contexts(tmp_path: Path) -> None:
+    for contexts in (True, False):
+        artifact.save(tmp_path / "denoiser.safetensors", "denoiser", learned(contexts), {})
+        again = teachers.load(str(tmp_path / "denoiser.safetensors"))
+        assert again.contexts == contexts
+    recipe = config.resolve({"teacher": "exact:policy4", "method": "sid"}, methods.METHODS)
+    assert student_template(recipe, policy()).contexts
+
+
+def test_the_card_of_a_callers_own_policy(tmp_path: Path) -> None:
+    network = MLP((2,), 1, width=8, depth=1)
+    safetensors.torch.save_file(network.state_dict(), str(tmp_path / "mine.safetensors"))
+    card = {"shape": [2], "classes": 1, "contexts": True, "network": "mlp", "arguments": network.arguments}
+    (tmp_path / "mine.json").write_text(json.dumps(card))
+    assert teachers.load(str(tmp_path / "mine.safetensors")).contexts
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+METHODS = ["pid", "diff_instruct", "sid", "sim", "dmd", "dmd2", "f_distill", "sida", "uni_instruct", "vardiu", "vdd"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_plays_on_a_policy(method: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    keys = {**tiny, "steps": 2, "warm_start": 2}
+    if method == "dmd":
+        keys["method"] = {"name": "dmd", "pairs": 30}
+    told = limbeck.distill("exact:policy4", keys.pop("method", method), out=tmp_path / "run", **QUIET, **keys)
+    assert told["student"]["metrics"].keys() >= {"mmd", "log_density", "mode_recall"}
+    made = limbeck.load(tmp_path / "run")
+    assert made.contexts and made.classes == 1
+
+
+def test_who_has_no_contexts_says_so(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^teacher: sds has a point for each class, and none for contexts"):
+        limbeck.distill("exact:policy4", "sds", out=tmp_path / "sds", **QUIET)
+    # a student of another network learns from samples of the teacher's, which are kept by class
+    with pytest.raises(ValueError, match=r"^warm_start: teachers of contexts .* need warm_start = 0"):
+        limbeck.distill(Opaque(), "sid", out=tmp_path / "run", **QUIET, **tiny)
+    assert not list(tmp_path.iterdir())
+    limbeck.distill(Opaque(), "sid", out=tmp_path / "run", **QUIET, **{**tiny, "warm_start": 0})
+    for form in ("web", "diffusers"):
+        with pytest.raises(ValueError, match=f"^to: {form} asks for classes, and this generator has contexts"):
+            export(tmp_path / "run", form, tmp_path / "deep" / form)  # type: ignore[arg-type]
+    assert not (tmp_path / "deep").exists()
+
+
+def test_pairs_that_are_kept_have_the_contexts_of_their_samples(tmp_path: Path) -> None:
+    pairs = stock.teacher_pairs(policy(), 600, 0, 3, tmp_path, lambda done: None)
+    drawn = latents(0, range(600), (2,), 1, "teacher", contexts=True)
+    assert pairs.cond is not None and drawn.labels is not None
+    assert torch.equal(pairs.cond, drawn.labels) and torch.equal(pairs.z, drawn.z)
+
+
+def drawn_by(out: Path, *arguments: str) -> dict[str, np.ndarray]:
+    assert cli.main(["sample", *arguments, "--steps", "3", "--count", "40", "--out", str(out)]) == 0
+    with np.load(out, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def test_samples_in_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spread = drawn_by(tmp_path / "a.npz", "exact:policy4")
+    assert spread["y"].shape == (40, 1) and len(np.unique(spread["y"])) == 40 and spread["x"].shape == (40, 2)
+    for form in ("0.3", "[0.3]"):
+        fixed = drawn_by(tmp_path / "b.npz", "exact:policy4", "--context", form)
+        assert np.all(fixed["y"] == np.float32(0.3))
+    expected = sampler_of(policy(), 3)[0](latents(0, range(40), (2,), 0).z, torch.full((40, 1), 0.3))
+    np.testing.assert_allclose(fixed["x"], expected.numpy(), rtol=1e-5, atol=1e-6)
+    for arguments, line in (
+        (["exact:policy4", "--context", "[0.3,0.4]"], "context: exact:policy4 has contexts of 1 number in [0, 1], got"),
+        (["exact:policy4", "--context", "1.5"], "context: must lie in [0, 1], got 1.5"),
+        (["exact:policy4", "--context", "nan"], "context: must lie in [0, 1], got nan"),
+        (["exact:policy4", "--class", "0"], "class: exact:policy4 has contexts of 1 number in [0, 1], got 0"),
+        (["digits", "--context", "0.3"], "context: digits has classes 0 to 9, got 0.3"),
+        (["exact:ring8", "--context", "0"], "context: exact:ring8 is unconditional, got 0"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["sample", *arguments, "--out", str(tmp_path / "c.npz")]) == 2
+        assert capsys.readouterr().err.startswith(f"limbeck: {line}")
+    assert not (tmp_path / "c.npz").exists()
+
+
+def test_a_denoiser_s_card_without_contexts_is_as_before() -> None:
+    """Files and fingerprints of what has no contexts do not change."""
+    assert "contexts" not in Denoiser((2,), 0, 0.5).facts() and learned().facts()["contexts"] is True
