@@ -26,7 +26,10 @@ VERBS = {
         "DATA --out DIR [--method NAME] [--KEY VALUE ...]",
         "train a teacher, a classifier for evaluation, or a small GAN",
     ),
-    "sample": ("FILE --count N --seed S [--class K | --context C] --out PNG|NPZ", "draw samples from a generator or a teacher"),
+    "sample": (
+        "FILE --count N --seed S [--class K | --context C] --out PNG|NPZ",
+        "draw samples from a generator or a teacher",
+    ),
     "evaluate": (
         "FILE ... [--out DIR] [--samples N ...] [--json]",
         "score runs, generators, teachers and samples side by side",

@@ -1,7 +1,8 @@
 """Generators as graphs: ONNX and torch.export programs, both with any batch size.
 
 Inputs are z (batch, *latent_shape) ~ N(0, I) and, for generators with classes, cond (batch, classes), one-hot rows,
-zeros for no label, or contexts; the output is x (batch, *shape). The generator's card travels along under the name `limbeck`.
+zeros for no label, or contexts; the output is x (batch, *shape). The generator's card travels along under the name
+`limbeck`.
 """
 
 from __future__ import annotations
