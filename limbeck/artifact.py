@@ -70,7 +70,7 @@ def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dty
     card = {"format": FORMAT, "kind": kind, "card": describe(module), **facts}
     card = json.loads(json.dumps(card))  # as it will be read
     tensors = {
-        name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
+        name: (t.to(dtype) if dtype and t.is_floating_point() else t).cpu().contiguous()
         for name, t in module.state_dict().items()
     }
     card["sha256"] = _hash(card, tensors)
@@ -239,7 +239,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

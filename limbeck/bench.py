@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from limbeck import loop, resources, run
 from limbeck.config import Evaluation, Real, Recipe
 from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck.device import CPU
 from limbeck.game import Settling
 from limbeck.machine import commit, machine, peak_memory_mib, versions
 from limbeck.networks import for_samples
@@ -208,13 +209,15 @@ class Kept:
         self._hooks.__exit__(*error)
 
 
-def matmul_peak(size: int = 1024, seconds: float = 0.25) -> float:
-    """FLOP/s of the fastest of several float32 matrix products, on this many threads, now."""
-    a, b = torch.randn(2, size, size)
+def matmul_peak(size: int = 1024, seconds: float = 0.25, device: torch.device = CPU) -> float:
+    """FLOP/s of the fastest of several float32 matrix products, on this many threads or this device, now."""
+    a, b = torch.randn(2, size, size).to(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -293,7 +296,8 @@ def bench(
         }
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     around: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = [matmul_peak()]
+    place = next(iter(sides.values()))[0].device
+    peaks = [matmul_peak(device=place)]
     for number in range(repeats):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in order:
@@ -302,7 +306,7 @@ def bench(
                 for _ in range(steps):
                     trainer.advance(source)
             parts[name].append({key: value / steps for key, value in meter.seconds.items()})
-            peaks.append(matmul_peak())
+            peaks.append(matmul_peak(device=place))
             around[name].append((peaks[-2] + peaks[-1]) / 2)
     times = {name: [sum(each.values()) for each in repeated] for name, repeated in parts.items()}
     for name, recipe in recipes.items():

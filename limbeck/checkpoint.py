@@ -38,7 +38,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
         for stale in folder.glob(".tmp-*"):  # of a process that was killed while it wrote
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary / "state.safetensors", safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        _write(temporary / "state.safetensors", safetensors.torch.save(copies))
         _write(temporary / "state.json", json.dumps(rest).encode())
         return complete(folder, temporary, step, keep)
     except BaseException:

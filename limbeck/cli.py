@@ -197,6 +197,7 @@ class SampleOptions:
         label: class of all samples (--class K); left out: uniform over the classes.
         context: context of all samples, numbers in [0, 1]; left out: uniform.
         steps: Heun steps for a teacher.
+        device: where the network computes: auto, cpu, cuda.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -207,6 +208,7 @@ class SampleOptions:
     label: int | None = None
     context: float | tuple[float, ...] | None = None
     steps: int = 18
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("count", 1), ("seed", 0), ("steps", 2)):
@@ -233,6 +235,7 @@ class EvaluateOptions:
         out: folder for scores (an interrupted evaluation goes on), contest.json and contest.html.
         size: side to which pictures of a folder are resized.
         teacher: score the teachers of generators too, by Heun's method of `teacher_steps`, unless named already.
+        device: where networks compute: auto, cpu, cuda.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -241,6 +244,7 @@ class EvaluateOptions:
     out: str | None = None
     size: int | None = None
     teacher: bool = True
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -510,7 +514,7 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from limbeck import summary
+    from limbeck import device, summary
     from limbeck.distributed import gather, rank_and_world
     from limbeck.evaluate.draws import Latents, generate, latents
     from limbeck.files import write_atomically
@@ -519,7 +523,7 @@ def _sample(words: list[str], keys: dict[str, Any]) -> None:
 
     source, network = _one(words, "FILE"), _network(keys)
     options: SampleOptions = _options(SampleOptions, "sample", keys)
-    model = _model(source, network)
+    model = _model(source, network).to(device.chosen(options.device))
     sampler, calls, shape, classes, contexts = summary.sampler_of(model, options.steps)
     if "steps" in keys and isinstance(model, Generator):
         raise Mistake(f"steps: belongs to teachers; {source} is a generator and takes {calls} network call(s)")
@@ -585,7 +589,7 @@ def _model(source: str, network: Any = None) -> Any:
 
 
 def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import config, summary
+    from limbeck import config, device, summary
     from limbeck.config import Evaluation
     from limbeck.distributed import rank_and_world
     from limbeck.evaluate.contest import contest
@@ -594,11 +598,12 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
         raise Mistake("FILE: expected at least one, got none")
     as_json, network = keys.pop("json", None) == "true", _network(keys)
     options: EvaluateOptions = config.validate(
-        EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size", "teacher") if key in keys}
+        EvaluateOptions, {key: keys.pop(key) for key in ("against", "out", "size", "teacher", "device") if key in keys}
     )
     settings: Evaluation = config.validate(Evaluation, keys)
     out = None if options.out is None else _folder(options.out)
-    result = contest(words, settings, out, _say, options.against, options.size, network, options.teacher)
+    place = device.chosen(options.device)
+    result = contest(words, settings, out, _say, options.against, options.size, network, options.teacher, place)
     if rank_and_world()[0] != 0:
         return
     if as_json:

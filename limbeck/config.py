@@ -174,6 +174,7 @@ class Recipe:
         checkpointing: roles whose activations are made again in the backward pass instead of kept: for networks with
             blocks about half the memory of a step, for a forward pass more.
         compile: compile the networks with torch.compile.
+        device: where networks compute: auto (a GPU where there is one; of several processes, one each), cpu, cuda.
         sharded: under torchrun, split the players' weights over the processes, for models that outgrow a device.
         stratified: one u from each of `batch` equal intervals.
         antithetic: half of a batch has the negatives of the other half's latents and noise, at equal u.
@@ -205,6 +206,7 @@ class Recipe:
     precision: dict[str, Precision] = field(default_factory=dict)
     checkpointing: tuple[str, ...] = ()
     compile: bool = False
+    device: str = "auto"
     sharded: bool = False
     stratified: bool = False
     antithetic: bool = False
@@ -247,6 +249,7 @@ class Recipe:
 # what may change when a run is continued
 FREE = (
     "steps", "every", "evaluate", "health", "keep", "threads", "micro_batches", "sharded", "checkpointing", "compile",
+    "device",
 )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ Form = Literal["vp", "ve", "iddpm"]
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:
-    """`sigma`, a scalar or (B,), shaped to broadcast over `x` (B, ...) and in its dtype."""
-    return sigma.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    """`sigma`, a scalar or (B,), shaped to broadcast over `x` (B, ...), in its dtype and on its device."""
+    return sigma.to(x).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 class Denoiser(nn.Module):
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
             return x.new_zeros(x.shape[0], self.classes)
         if cond.shape != (x.shape[0], self.classes):
             raise ValueError(f"cond: expected shape {(x.shape[0], self.classes)}, got {tuple(cond.shape)}")
-        return cond.to(x.dtype)
+        return cond.to(x)
 
 
 def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -174,7 +174,7 @@ class Preconditioned(Networked):
 
     def c_noise(self, sigma: Tensor, x: Tensor) -> Tensor:
         """The network's noise input, ln(sigma / noise_unit) / 4 with shape (B,)."""
-        return (torch.log(sigma.to(x.dtype) / self.noise_unit) / 4).expand(x.shape[0])
+        return (torch.log(sigma.to(x) / self.noise_unit) / 4).expand(x.shape[0])
 
     def card(self) -> dict[str, Any]:
         """Everything but the weights, as JSON-able values."""
@@ -241,7 +241,7 @@ class EpsPreconditioned(Networked):
 
     def c_noise(self, sigma: Tensor, x: Tensor) -> Tensor:
         """The network's noise input with shape (B,)."""
-        s = sigma.to(x.dtype).reshape(-1)
+        s = sigma.to(x).reshape(-1)
         match self.form:
             case "ve":
                 noise = (s / 2).log()
@@ -316,7 +316,7 @@ class Rescaled(Denoiser):
         self.model, self.schedule, self.output = model, schedule, output
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        t = self.schedule.time(sigma.to(x.dtype)).expand(x.shape[0])
+        t = self.schedule.time(sigma.to(x)).expand(x.shape[0])
         a, s, ratio = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x), expand(sigma, x)
         out = self.model(a * x, t, self.labels(cond, x))
         match self.output:

@@ -35,6 +35,8 @@ def rank_and_world() -> tuple[int, int]:
         return 0, 1
     if not distributed.is_initialized():
         with _alive():
+            if _nccl():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             distributed.init_process_group("cpu:gloo,cuda:nccl" if _nccl() else "gloo", timeout=_timeout())
         # gloo's threads may still hold the last exchange's tensors, and abort a process that ends around them
         atexit.register(distributed.destroy_process_group)

@@ -83,8 +83,8 @@ class Gaussian(Denoiser):
         return -terms.flatten(1).sum(1) / 2
 
     def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
-        """`n` exact samples (n, *shape); there are no conditions."""
-        noise = torch.randn(n, *self.shape, generator=generator, dtype=self.dtype)
+        """`n` exact samples (n, *shape), drawn by a CPU's generator; there are no conditions."""
+        noise = torch.randn(n, *self.shape, generator=generator, dtype=self.dtype).to(self.mean.device)
         self.labels(cond, noise)
         return self.mean.to(self.dtype) + self.std.to(self.dtype) * noise
 
@@ -124,7 +124,7 @@ class Mixture(Denoiser):
 
     def _log_joint(self, x: Tensor, sigma: Tensor) -> Tensor:
         """log w_k + log N(x; m_k, s_k^2 + sigma^2): (B, K)."""
-        variance = self.stds.to(x.dtype) ** 2 + sigma.to(x.dtype).reshape(-1, 1) ** 2
+        variance = self.stds.to(x.dtype) ** 2 + sigma.to(x).reshape(-1, 1) ** 2
         gap = x.flatten(1)[:, None] - self.means.to(x.dtype).flatten(1)
         d = gap.shape[-1]
         return (
@@ -137,7 +137,7 @@ class Mixture(Denoiser):
         self.labels(cond, x)
         posterior = torch.softmax(self._log_joint(x, sigma), 1)
         variance = self.stds.to(x.dtype) ** 2
-        shrink = variance / (variance + sigma.to(x.dtype).reshape(-1, 1) ** 2)
+        shrink = variance / (variance + sigma.to(x).reshape(-1, 1) ** 2)
         flat, means = x.flatten(1), self.means.to(x.dtype).flatten(1)
         mean = (posterior * shrink).sum(1, keepdim=True) * flat + (posterior * (1 - shrink)) @ means
         return mean.reshape(x.shape)
@@ -151,9 +151,10 @@ class Mixture(Denoiser):
         return torch.logsumexp(self._log_joint(x, torch.as_tensor(sigma, dtype=torch.float64)), 1)
 
     def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
-        """`n` exact samples (n, *shape); there are no conditions."""
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, *self.shape, generator=generator, dtype=self.dtype)
+        """`n` exact samples (n, *shape), drawn by a CPU's generator; there are no conditions."""
+        place = self.means.device
+        k = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(place)
+        noise = torch.randn(n, *self.shape, generator=generator, dtype=self.dtype).to(place)
         self.labels(cond, noise)
         return self.means[k].to(self.dtype) + expand(self.stds[k], noise) * noise
 
@@ -213,9 +214,10 @@ class Empirical(Denoiser):
         return value.to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None, cond: Tensor | None = None) -> Tensor:
-        """`n` points drawn with replacement (n, *shape); there are no conditions."""
+        """`n` points drawn with replacement (n, *shape) by a CPU's generator; there are no conditions."""
         self.labels(cond, self.points)
-        return self.points[torch.randint(len(self.points), (n,), generator=generator)].to(self.dtype)
+        rows = torch.randint(len(self.points), (n,), generator=generator)
+        return self.points[rows.to(self.points.device)].to(self.dtype)
 
 
 class Policy(Denoiser):

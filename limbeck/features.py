@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from limbeck import artifact
+from limbeck.device import from_cpu, home
 from limbeck.files import sha256
 
 
@@ -215,7 +216,7 @@ def width(network: nn.Module, called: str, who: str, shape: tuple[int, ...]) -> 
     Raises:
         ValueError: if it gives none, naming the network and whose samples they are.
     """
-    zeros = torch.zeros(2, *shape)
+    zeros = torch.zeros(2, *shape, device=home(network))
     try:
         found = network(zeros)
         if isinstance(network, Scripted) and "return_features" in network.names:
@@ -234,5 +235,6 @@ def width(network: nn.Module, called: str, who: str, shape: tuple[int, ...]) -> 
 
 @torch.no_grad()
 def in_batches(function: Any, x: Tensor, size: int = 1000) -> Tensor:
-    """function(x) computed `size` rows at a time."""
-    return torch.cat([function(part) for part in x.split(size)])
+    """function(x) computed `size` rows at a time, where the network is; rows on the CPU."""
+    call = from_cpu(function, home(getattr(function, "__self__", function)))
+    return torch.cat([call(part) for part in x.split(size)])

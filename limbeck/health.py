@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
+from limbeck.device import home
 from limbeck.distributed import gather
 from limbeck.exact import Exact, Mixture
 from limbeck.objective import Batch
@@ -187,7 +188,7 @@ class Looks:
             census = lambda x: torch.cdist(x.flatten(1), means).argmin(1)  # noqa: E731
         elif classifier is not None:
             logits: Any = classifier
-            census = lambda x: logits.logits(x).argmax(1)  # noqa: E731
+            census = lambda x: logits.logits(x.to(home(logits))).argmax(1)  # noqa: E731
         return cls(batch, truth, census)
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ def fitted(job: Job, needs: resources.Needs, tell: Tell) -> Job:
 
     A run that is continued keeps the number it had, as long as that fits.
     """
-    free, world = resources.free_memory(), rank_and_world()[1]
+    free, world = resources.free_memory(needs.device), rank_and_world()[1]
     if job.recipe.micro_batches or free is None:
         return job
     share, before = -(-job.recipe.batch // world), 0
@@ -131,8 +131,8 @@ def run(job: Job, tell: Tell) -> dict[str, Any]:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     opinion = None
-    if recipe.teacher is not None and first:
-        opinion = doctor.preflight(job.trainer.teacher, out / "doctor.json", job.identity, tell)
+    if job.prepare is not None and first:
+        opinion = doctor.preflight(job.prepare.teacher, out / "doctor.json", job.identity, tell)
     needs, share = None, -(-recipe.batch // rank_and_world()[1])
     if recipe.micro_batches == 0 or not (out / folder.MANIFEST).is_file():
         needs = resources.measure(job.trainer, job.source)
@@ -398,6 +398,7 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Mo
         "micro_batches": job.parts,
         "processes": rank_and_world()[1],
         "compile": job.recipe.compile,
+        "device": job.trainer.device.type,
         "identity": job.origin,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -444,6 +445,7 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
         ("micro_batches", state.get("micro_batches", job.parts), job.parts),
         ("processes", state.get("processes", rank_and_world()[1]), rank_and_world()[1]),
         ("compile", state.get("compile", False), job.recipe.compile),
+        ("device", state.get("device", "cpu"), job.trainer.device.type),
     ):
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")

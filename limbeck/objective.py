@@ -7,8 +7,8 @@ be printed, stored in a file and compared; the trainer owns the players.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class Pairs(NamedTuple):
     def rows(self, index: Tensor | slice) -> Pairs:
         """Some of the pairs."""
         return Pairs(self.z[index], self.x[index], None if self.cond is None else self.cond[index])
+
+    def to(self, device: torch.device) -> Pairs:
+        """The pairs on a device."""
+        return Pairs(self.z.to(device), self.x.to(device), None if self.cond is None else self.cond.to(device))
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,13 @@ class Batch:
     direction: Tensor | None = None
     pairs: Pairs | None = None
     total: int | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved, pairs=None if self.pairs is None else self.pairs.to(device))
 
 
 Loss = Callable[[nn.ModuleDict, Denoiser, Batch], Tensor]

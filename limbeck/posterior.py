@@ -144,7 +144,7 @@ def relative(sigma: Tensor, encoder: Encoder, like: Tensor) -> Tensor:
 
 def lower_triangular(entries: Tensor, d: int) -> Tensor:
     """(B, ..., d (d + 1) / 2) numbers to lower triangular matrices (B, ..., d, d), the diagonal made positive."""
-    rows, columns = torch.tril_indices(d, d)
+    rows, columns = torch.tril_indices(d, d, device=entries.device)
     values = torch.where(rows == columns, functional.softplus(entries), entries)
     matrix = entries.new_zeros(*entries.shape[:-1], d, d)
     matrix[..., rows, columns] = values

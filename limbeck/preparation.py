@@ -104,7 +104,9 @@ class Preparation:
         warm = loop.Job(
             replace(recipe, method=imitation, steps=steps, every=every),
             job.out / f"warm-start-{key:016x}",
-            Trainer(imitation, teacher, self.template, steps=steps, seed=recipe.seed),
+            Trainer(
+                imitation, teacher, self.template, steps=steps, seed=recipe.seed, device=job.trainer.device
+            ),
             RealSource(noise, provider), job.identity, "denoiser", None, parts=job.parts,
         )  # fmt: skip
         warm.out.mkdir(exist_ok=True)
@@ -133,4 +135,4 @@ class Preparation:
             if done == count or done % 5000 == 0:
                 tell(f"{done:,} of {count:,} teacher samples, {2 * steps - 1} network calls each")
 
-        return teacher_pairs(self.teacher, count, job.recipe.seed, steps, job.out / "teacher-samples", drawn)
+        return teacher_pairs(job.trainer.teacher, count, job.recipe.seed, steps, job.out / "teacher-samples", drawn)

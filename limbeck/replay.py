@@ -125,7 +125,7 @@ def replay(
     trainer.load_state_dict(state["trainer"])
     index = int(state["turn"])
     turn = list(trainer.objective.turns(trainer.step, trainer.images))[index]
-    batches = [_batch(state["batches"][str(k)]) for k in range(len(state["batches"]))]
+    batches = [_batch(state["batches"][str(k)]).to(trainer.device) for k in range(len(state["batches"]))]
     everyone: dict[str, nn.Module] = {**trainer.nets, "teacher": trainer.teacher}
     broken = [
         f"{player}.{name}"
@@ -159,7 +159,7 @@ def _play(trainer: Trainer, index: int, turn: Any, batches: list[Batch]) -> Tens
     try:
         trainer.play(index, turn, batches, {})
     except NonFinite as error:
-        return error.losses
+        return error.losses.cpu()
     return None
 
 

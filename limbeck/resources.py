@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from limbeck.device import CPU
 from limbeck.distributed import local
 from limbeck.objective import Batch, Loss, Pairs
 from limbeck.train import Source, Trainer
@@ -36,7 +37,7 @@ ROOM = 0.8  # share of the free memory that a number of micro-batches is chosen 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes.
+    """Bytes, of the device that computes.
 
     Attributes:
         resident: memory of this process now, with all weights.
@@ -53,6 +54,7 @@ class Needs:
     save: int
     moments: int
     checkpoint: int
+    device: torch.device = CPU
 
     def memory(self, batch: int, micro_batches: int) -> int:
         """Peak of resident memory with a batch in so many parts."""
@@ -85,7 +87,8 @@ class Needs:
 
 def measure(trainer: Trainer, source: Source) -> Needs:
     """What the run of this trainer needs. Nothing of the trainer changes."""
-    resident = resident_bytes()
+    place = trainer.device
+    resident = resident_bytes(place)
     fixed = sample = 0.0
     for index, turn in enumerate(trainer.objective.turns(trainer.step, trainer.images)):
         whole = _complete(next(iter(source(trainer.step, index))), hasattr(trainer.objective, "pairs"))
@@ -103,7 +106,8 @@ def measure(trainer: Trainer, source: Source) -> Needs:
     # gradients are in `fixed`; the optimiser's temporaries come when activations are gone
     fixed = moments + max(round(fixed), 2 * largest)
     # tensors of a checkpoint are there three times while it is written: cloned, as bytes each, and as one file
-    return Needs(resident, fixed, sample, 3 * state, moments, _disk(trainer))
+    save = 3 * state if place == CPU else 0
+    return Needs(resident, fixed, sample, save, moments, _disk(trainer), place)
 
 
 def _peaks(trainer: Trainer, players: Sequence[str], loss: Loss, batch: Batch) -> tuple[int, int]:
@@ -181,18 +185,23 @@ def _disk(trainer: Trainer) -> int:
     return sum(t.numel() * t.element_size() for t in (*nets, *average, *trained, *trained))
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+def resident_bytes(device: torch.device = CPU) -> int:
+    """Resident memory of this process, or what it holds of a GPU's; 0 where the system does not tell."""
+    if device != CPU:
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
 
 
-def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, its control group and its own limit; None = unknown.
+def free_memory(device: torch.device = CPU) -> int | None:
+    """Bytes that this process may still take: of the machine, its control group and its own limit, or of a GPU; None =
+    unknown.
 
     Processes that `torchrun` has started on one machine share what the machine and the group have.
     """
+    if device != CPU:
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     found = []
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with contextlib.suppress(OSError, StopIteration, ValueError):
@@ -211,7 +220,7 @@ def free_memory() -> int | None:
 
 def check(needs: Needs, batch: int, micro_batches: int, keep: int, out: Path) -> None:
     """Raise ValueError, with what to change, if a run cannot have what it needs."""
-    free = free_memory()
+    free = free_memory(needs.device)
     new = needs.memory(batch, micro_batches) - needs.resident
     if free is not None and new > free:
         raise ValueError(
@@ -238,7 +247,7 @@ def explained(needs: Needs | None, batch: int) -> Iterator[None]:
         text = str(error).lower()
         if not isinstance(error, MemoryError) and "allocate memory" not in text and "out of memory" not in text:
             raise
-        free = free_memory()
+        free = None if needs is None else free_memory(needs.device)
         advice = "raise micro_batches" if needs is None or free is None else needs.advice(batch, free)
         raise MemoryError(f"out of memory; {advice}; the last checkpoint is intact") from None
 

@@ -12,7 +12,9 @@ from torch import nn
 from limbeck import artifact, config, data, loop, methods, refine, summary, teachers
 from limbeck.config import Real, Recipe
 from limbeck.denoiser import Denoiser
+from limbeck.device import on_cpu
 from limbeck.evaluate import Judge
+from limbeck.evaluate.judge import settle
 from limbeck.files import check_folder
 from limbeck.folder import Tell
 from limbeck.generator import Generator
@@ -93,11 +95,11 @@ def distillation(
     if recipe.teacher is None:
         raise ValueError("teacher: is missing")
     name = recipe.teacher
-    teacher = teachers.load(name, network) if teacher is None else teacher
+    teacher = teachers.load(name, network) if teacher is None else on_cpu(teacher)
     recipe = fit_levels(recipe, teacher, tell)
     given = generator if generator is not None else refine.named(recipe, network)
     if given is not None:
-        given, recipe = refine.accepted(given, teacher), refine.patient(recipe)
+        given, recipe = refine.accepted(on_cpu(given), teacher), refine.patient(recipe)
         if isinstance(given, Given):
             network = type(given.network)
     template = student_template(recipe, teacher, network if given is None else None)
@@ -115,11 +117,12 @@ def distillation(
         judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
     start = given or direct_generator(recipe, teacher)
     trainer = trainer_of(recipe, teacher, template, start)
+    settle(judge, trainer.device)
     student = trainer.nets[recipe.method.product]
     assert isinstance(student, Generator)
     noise = NoiseSource(
         student.shape, student.latent_shape, recipe.batch, recipe.seed, student.classes, teacher.contexts,
-        stratified=recipe.stratified, antithetic=recipe.antithetic,
+        stratified=recipe.stratified, antithetic=recipe.antithetic, device=trainer.device,
     )  # fmt: skip
     provider = provider_for(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, start, noise, provider)
@@ -189,12 +192,13 @@ def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) 
     if product != "classifier":
         judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size)
     trainer = trainer_of(recipe, plain, template)
+    settle(judge, trainer.device)
     student = trainer.nets[product]
     latent_shape = student.latent_shape if isinstance(student, Generator) else samples.shape
     noise = NoiseSource(
         samples.shape, latent_shape, recipe.batch, recipe.seed, samples.classes,
         unlabelled=getattr(recipe.method, "label_dropout", 0.0),
-        stratified=recipe.stratified, antithetic=recipe.antithetic,
+        stratified=recipe.stratified, antithetic=recipe.antithetic, device=trainer.device,
     )  # fmt: skip
     train, held_out = samples.split() if product == "classifier" else (samples, None)
     source = DataSource(noise, train.x, train.y)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.device import CPU
 from limbeck.distributed import rank_and_world
 from limbeck.objective import Batch, Pairs
 from limbeck.randomness import stream
@@ -31,6 +32,7 @@ class NoiseSource:
         unlabelled: share of zero rows ("no label").
         stratified: u is one uniform draw from each of `batch` equal intervals, in random order.
         antithetic: the second half of a batch has the negatives of the first half's z and eps, at equal u and labels.
+        device: where batches go; they are drawn on the CPU.
     """
 
     shape: tuple[int, ...]
@@ -44,9 +46,10 @@ class NoiseSource:
     stratified: bool = False
     antithetic: bool = False
     dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
 
     def __call__(self, step: int, turn: int) -> Iterator[Batch]:
-        yield from _cut(self.draw(stream(self.seed, "batch", step, turn)), self.micro_batches)
+        yield from self.cut(self.draw(stream(self.seed, "batch", step, turn)))
 
     def draw(self, rng: torch.Generator) -> Batch:
         """The global batch from the stream `rng`."""
@@ -73,6 +76,16 @@ class NoiseSource:
             cond = None if cond is None else torch.cat([cond, cond])[: self.batch]
         return Batch(z, u, eps, cond, coin=coin)
 
+    def cut(self, batch: Batch) -> Iterator[Batch]:
+        """This process's micro-batches of a global batch."""
+        (rank, world), parts = rank_and_world(), self.micro_batches
+        for rows in torch.arange(len(batch.z)).tensor_split(parts * world)[rank * parts : (rank + 1) * parts]:
+            one = slice(int(rows[0]), int(rows[-1]) + 1)
+            tensors = {f.name: v[one] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+            pairs = None if batch.pairs is None else batch.pairs.rows(one)
+            share = Batch(**tensors, pairs=pairs, total=len(batch.z))
+            yield share if self.device == CPU else share.to(self.device)
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -91,7 +104,7 @@ class DataSource:
             # the zero rows of the draw stay zero: label dropout
             cond = one_hot(self.y[rows], self.noise.classes, self.noise.dtype) * cond.sum(1, keepdim=True)
         batch = replace(batch, real=self.x[rows].to(self.noise.dtype), cond=cond)
-        yield from _cut(batch, self.noise.micro_batches)
+        yield from self.noise.cut(batch)
 
 
 Provider = Callable[[int, torch.Generator, Tensor | None], Tensor]
@@ -119,7 +132,7 @@ class RealSource:
             batch = replace(batch, real=real, direction=direction)
         if self.pairs is not None:
             batch = replace(batch, pairs=self.pairs.rows(torch.randint(len(self.pairs.z), (n,), generator=rng)))
-        yield from _cut(batch, self.noise.micro_batches)
+        yield from self.noise.cut(batch)
 
 
 def provider_of(x: Tensor, y: Tensor | None) -> Provider:
@@ -146,13 +159,3 @@ def in_parts(source: Any, parts: int) -> Any:
     if isinstance(source, NoiseSource):
         return replace(source, micro_batches=parts)
     return replace(source, noise=replace(source.noise, micro_batches=parts))
-
-
-def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
-    """This process's `parts` of the batch."""
-    rank, world = rank_and_world()
-    for rows in torch.arange(len(batch.z)).tensor_split(parts * world)[rank * parts : (rank + 1) * parts]:
-        one = slice(int(rows[0]), int(rows[-1]) + 1)
-        tensors = {f.name: v[one] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
-        pairs = None if batch.pairs is None else batch.pairs.rows(one)
-        yield Batch(**tensors, pairs=pairs, total=len(batch.z))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from limbeck.denoiser import Denoiser
+from limbeck.device import from_cpu, home, on_cpu
 from limbeck.generator import Generator
 from limbeck.sample import heun
 
@@ -37,10 +38,11 @@ def measure(generator: Generator, teacher: Denoiser, steps: int, onnx: bool) -> 
         steps: of the teacher's Heun sampler, 2 * steps - 1 calls.
         onnx: also in ONNX Runtime, if it is installed and can run the generator; exporting takes seconds.
     """
+    call = from_cpu(generator, home(generator))
     with torch.no_grad():
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
-            generator(torch.zeros(1, *generator.latent_shape))
+            call(torch.zeros(1, *generator.latent_shape))
             one = time.perf_counter() - start
     batch = max(2**k for k in range(7) if k == 0 or 2**k * one < LIMIT)
     calls = 2 * steps - 1
@@ -55,8 +57,10 @@ def makers_of(generator: Generator, teacher: Denoiser, steps: int = 18, timed: i
     """The generator's calls beside the teacher's 2 * steps - 1 (Heun), of which 2 * timed - 1 are made."""
     calls, made = 2 * steps - 1, 2 * timed - 1
     return {
-        "student": Maker(lambda z: generator(z, None), generator.latent_shape),
-        f"teacher, {calls} NFE": Maker(lambda z: heun(teacher, z, timed), teacher.shape, calls / made),
+        "student": Maker(from_cpu(generator, home(generator)), generator.latent_shape),
+        f"teacher, {calls} NFE": Maker(
+            from_cpu(lambda z: heun(teacher, z, timed), home(teacher)), teacher.shape, calls / made
+        ),
     }
 
 
@@ -71,7 +75,9 @@ def in_onnx(generator: Generator) -> Callable[[Tensor], Any] | None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(to_onnx(generator, {}), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            to_onnx(on_cpu(generator), {}), options, providers=["CPUExecutionProvider"]
+        )
     except Exception:  # a network that cannot be exported, or not run there: this is a number less, and no failure
         return None
 

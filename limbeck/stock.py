@@ -15,6 +15,7 @@ import torch
 
 from limbeck import artifact
 from limbeck.denoiser import Denoiser
+from limbeck.device import from_cpu, home
 from limbeck.distributed import rank_and_world, wait_for_all
 from limbeck.evaluate.draws import latents
 from limbeck.files import write_atomically
@@ -44,7 +45,7 @@ def teacher_pairs(
         x = _read(path)
         if x is None or x.shape != asked.z.shape:
             with torch.no_grad():
-                x = heun(teacher, asked.z, steps, cond=cond)
+                x = from_cpu(lambda z, cond: heun(teacher, z, steps, cond=cond), home(teacher))(asked.z, cond)
             write_atomically(path, safetensors.torch.save({"x": x}, {"sha256": _hash(x)}))
         drawn(min(count, start + PART))
         return Pairs(asked.z, x, cond)

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck import (
-    networks,
-)
+from limbeck import device, networks
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.distributed import rank_and_world
@@ -125,4 +123,5 @@ def trainer_of(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator:
         generator=copy.deepcopy(generator),
         split=split,
         precision=recipe.precision, checkpointing=recipe.checkpointing,
+        device=device.chosen(recipe.device),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from limbeck import artifact, config, data, features, report, speed, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
+from limbeck.device import from_cpu, home
 from limbeck.distributed import rank_and_world
 from limbeck.evaluate import VALIDATION, ExactJudge, Judge, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, in_order, latents
@@ -94,17 +95,19 @@ def _judge(
 def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int, bool]:
     """(sampler, NFE, latent shape, classes, contexts) of a generator, or of a denoiser by Heun's method.
 
+    The sampler takes latents and conditions on the CPU, and gives samples there.
+
     Raises:
         ValueError: for a model that draws no samples.
     """
     if isinstance(model, Generator):
-        return model, model.nfe, model.latent_shape, model.classes, model.contexts
+        return from_cpu(model, home(model)), model.nfe, model.latent_shape, model.classes, model.contexts
     if isinstance(model, Denoiser):
 
         def sample(z: Tensor, cond: Tensor | None) -> Tensor:
             return heun(model, z, teacher_steps, cond=cond)
 
-        return sample, 2 * teacher_steps - 1, model.shape, model.classes, model.contexts
+        return from_cpu(sample, home(model)), 2 * teacher_steps - 1, model.shape, model.classes, model.contexts
     raise ValueError(f"{type(model).__name__}: draws no samples")
 
 
@@ -165,6 +168,7 @@ def conclude(
         "processes": rank_and_world()[1],
         "micro_batches": job.parts,
         "compiled": job.trainer.passes.compiled,
+        "device": job.trainer.device.type,
         "skipped": {key: [s.skipped, s.updates] for key, s in job.trainer.scalers.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_memory_mib": peak_memory_mib(),
@@ -215,7 +219,7 @@ def compare(job: Job, model: nn.Module, best: Best | None) -> dict[str, Any]:
     settings = job.recipe.evaluate
     told: dict[str, Any] = {"student": dataclasses.asdict(_scores(job, model))}
     if best is not None and best.step < job.trainer.step:
-        chosen = artifact.load(job.best_file, job.product, job.network)
+        chosen = artifact.load(job.best_file, job.product, job.network).to(job.trainer.device)
         told["best"] = {**dataclasses.asdict(best), **dataclasses.asdict(_scores(job, chosen))}
         told["best"]["sha256"] = artifact.fingerprint(chosen)
     if job.recipe.teacher is not None:
@@ -311,9 +315,10 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
     """The student's path x(z, t) beside the teacher's ODE from the same z, scaled to unit variance."""
     levels = student.levels.grid(25)[:-1]
     drawn = latents(seed, range(6), student.latent_shape, 0)
+    place = home(student)
     with torch.no_grad():
-        learned = student.trajectory(drawn.z, levels.to(drawn.z.dtype))
-        solved = heun(teacher, drawn.z, sigmas=levels, path=True)
+        learned = from_cpu(student.trajectory, place)(drawn.z, levels.to(drawn.z.dtype))
+        solved = from_cpu(lambda z: heun(teacher, z, sigmas=levels, path=True), place)(drawn.z)
     shrink = torch.sqrt(teacher.sigma_data**2 + levels**2).reshape(-1, *(1,) * drawn.z.ndim)
     learned, solved = ((path.double() / shrink).float() for path in (learned, solved))
     text = "Each point is divided by sqrt(sigma_data^2 + sigma^2), so that noise and data have one scale."

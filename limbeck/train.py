@@ -14,6 +14,7 @@ states are summed before anything is updated: k processes are one batch too, and
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
+from limbeck.device import CPU
 from limbeck.distributed import Exchange, local, rank_and_world, total, total_of_all
 from limbeck.ema import EMA, Average
 from limbeck.generator import Generator
@@ -66,6 +68,7 @@ class Trainer:
         split: splits a player's weights over the processes (`shards.split`); None = each holds all of them.
         precision: of the network passes, by player or "teacher"; float32 where it is missing (see `limbeck.passes`).
         checkpointing: players, or "teacher", whose activations are made again in the backward pass.
+        device: where all of them compute; elsewhere than on the CPU, `teacher` is a copy of the given one.
 
     Attributes:
         sharded: whether the players' weights are split.
@@ -90,13 +93,17 @@ class Trainer:
         split: Callable[[nn.Module], None] | None = None,
         precision: Mapping[str, Precision] | None = None,
         checkpointing: Sequence[str] = (),
+        device: torch.device = CPU,
     ) -> None:
-        self.objective, self.seed, self.steps, self.clip = objective, seed, steps, clip
+        self.objective, self.seed, self.steps, self.clip, self.device = objective, seed, steps, clip, device
         self.teacher = teacher.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             reseed(seed, "players")
             self.nets = nn.ModuleDict(objective.players(template, generator))
         self.nets.eval().requires_grad_(False)
+        if device != CPU:
+            self.teacher = copy.deepcopy(self.teacher).to(device)
+            self.nets.to(device)
         settings = {**objective.optimizers(), **(optimizer or {})}
         for name in settings:
             if name not in self.nets:
@@ -347,6 +354,11 @@ def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, d
     return {name: dict(optimizer.state[p]) for name, p in player.named_parameters() if p in optimizer.state}
 
 
+def _beside(weight: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` where the weight is."""
+    return value.to(local(weight).device, copy=True)
+
+
 def _restore(
     player: str, module: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
@@ -355,4 +367,9 @@ def _restore(
         raise ValueError(f"the optimiser state of {player} does not fit its parameters")
     optimizer.state.clear()
     for name, values in moments.items():  # none before the player's first turn
-        optimizer.state[parameters[name]] = {key: value.clone() for key, value in values.items()}
+        weight = parameters[name]
+        # a number of steps stays on the CPU, but for the updates that are fused
+        optimizer.state[weight] = {
+            key: value.clone() if value.ndim == 0 and not optimizer.defaults.get("fused") else _beside(weight, value)
+            for key, value in values.items()
+        }

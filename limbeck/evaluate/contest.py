@@ -21,10 +21,11 @@ from limbeck import artifact, config, data, features, refine, report, summary, t
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser
+from limbeck.device import CPU, from_cpu, home
 from limbeck.distributed import gather, rank_and_world
 from limbeck.evaluate import Judge, Scores, measure, measure_data
 from limbeck.evaluate.draws import Latents, generate, in_order, latents
-from limbeck.evaluate.judge import ExactJudge, ImageJudge
+from limbeck.evaluate.judge import ExactJudge, ImageJudge, settle
 from limbeck.evaluate.neighbours import nearest_neighbour_distance
 from limbeck.files import check_folder, write_atomically
 from limbeck.generator import Generator
@@ -148,6 +149,7 @@ def contest(
     size: int | None = None,
     network: type[nn.Module] | None = None,
     teacher: bool = True,
+    place: torch.device = CPU,
 ) -> dict[str, Any]:
     """Score `sources` side by side; with `out`, store the scores there and write contest.json and contest.html.
 
@@ -155,6 +157,7 @@ def contest(
         against: the law to score against, if not that of the first source.
         size: side to which pictures of folders are resized.
         teacher: score the teachers of generators too, if they are here.
+        place: where models compute.
 
     Raises:
         ValueError: for a contestant that cannot be read or does not fit the reference, before anything is scored.
@@ -169,6 +172,9 @@ def contest(
     judge = judge_of(law, settings, size, {who.name: who.shape for who in contestants})
     for who in contestants:
         _check_given(who, judge)
+        if who.model is not None:
+            who.model.to(place)
+    settle(judge, place)
     rows: list[dict[str, Any]] = []
     for who in contestants:
         scores = _scores(who, judge, settings, out)
@@ -387,7 +393,7 @@ def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evalu
         return [report.Picture("Nearest training images", text, b"")]
     x, _ = _some(who, settings.seed, 100)
     x = x[::10]
-    ours, theirs = judge.network(x), features.in_batches(judge.network, train.x)
+    ours, theirs = features.in_batches(judge.network, x), features.in_batches(judge.network, train.x)
     nearest = torch.cdist(ours, theirs).argmin(1)
     gaps = nearest_neighbour_distance(x.flatten(1), train.x.flatten(1))
     pairs = torch.stack([x, train.x[nearest]], 1).flatten(0, 1)
@@ -455,7 +461,8 @@ def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluat
 
 def _level_loss(denoiser: Denoiser, x: Tensor, eps: Tensor, level: Tensor, cond: Tensor | None) -> float:
     sigma = level.expand(len(x))
-    return float(denoising(denoiser(perturb(x, sigma, eps), sigma, cond), x, sigma, denoiser.sigma_data).mean())
+    estimate = from_cpu(denoiser, home(denoiser))(perturb(x, sigma, eps), sigma, cond)
+    return float(denoising(estimate, x, sigma, denoiser.sigma_data).mean())
 
 
 def _truth(law: str, shape: tuple[int, ...], settings: Evaluation) -> Data | None:

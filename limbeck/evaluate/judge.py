@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from limbeck import artifact, data, features
 from limbeck.data import Data, open_npz
+from limbeck.device import home
 from limbeck.evaluate.bootstrap import bootstrap
 from limbeck.evaluate.classify import c2st, class_accuracy
 from limbeck.evaluate.draws import quantize
@@ -373,7 +374,11 @@ class ImageTally:
     @torch.no_grad()
     def add(self, x: Tensor, labels: Tensor | None) -> None:
         x = quantize(x) if self.judge.quantize else x
-        found = self.judge.network(x)
+        labels = None if labels is None or labels.ndim == 2 else labels  # contexts are no classes
+        network: Any = self.judge.network
+        there = x.to(home(network))
+        seen = network(there)
+        found = seen.cpu()
         if found.ndim != 2 or found.shape[1] != self.rows.shape[1]:
             raise ValueError(
                 f"features: the network gives {tuple(found.shape[1:])}, the reference has {self.rows.shape[1]} features"
@@ -383,8 +388,7 @@ class ImageTally:
             self.moments["pixel"].update(x.flatten(1))
         self.rows = torch.cat([self.rows, found[: KEPT - len(self.rows)].float()])
         if len(self.chances):
-            network: Any = self.judge.network
-            chance = network.chances(x, found).double()
+            chance = network.chances(there, seen).double().cpu()
             self.chances += chance.sum(0)
             self.sharpness += torch.special.xlogy(chance, chance).sum()
         if len(self.confusion):
@@ -598,6 +602,12 @@ class ExactTally:
                 told["mode_spread"] = modes.spread
             told |= {f"share_{k}": float(share) for k, share in enumerate(modes.shares)}
         return Judgement(told, details=details)
+
+
+def settle(judge: Judge | None, device: torch.device) -> None:
+    """Bring a judge's feature network to a device."""
+    if isinstance(judge, ImageJudge):
+        judge.network.to(device)
 
 
 def unturned(law: Exact) -> Gaussian | Mixture | Empirical:
