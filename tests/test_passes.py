@@ -452,7 +452,7 @@ def test_micro_batches_are_chosen_to_fit(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(resources, "measure", lambda trainer, source: needs)
 
     def go(free: float, steps: int) -> tuple[str, dict[str, Any]]:
-        monkeypatch.setattr(resources, "free_memory", lambda: round(free))
+        monkeypatch.setattr(resources, "free_memory", lambda device: round(free))
         assert cli.main(arguments(out, batch=16, micro_batches=0, steps=steps)) == 0
         return capsys.readouterr().err, json.loads((out / "report.json").read_text())
 
@@ -478,7 +478,7 @@ def test_chosen_parts_are_those_that_are_played(tmp_path: Path, monkeypatch: pyt
     job = run.distillation(config.resolve(table, M), tmp_path / "r", print)
     assert [len(batch.z) for batch in job.source(0, 0)] == [16]
     needs = resources.measure(job.trainer, job.source)
-    monkeypatch.setattr(resources, "free_memory", lambda: 0)
+    monkeypatch.setattr(resources, "free_memory", lambda device: 0)
     parted = loop.fitted(job, needs, lambda line: None)
     assert parted.parts == 16 and [len(batch.z) for batch in parted.source(0, 0)] == [1] * 16
     assert job.parts == 1  # the caller's own job is as it was

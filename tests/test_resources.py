@@ -81,11 +81,11 @@ def test_a_run_that_cannot_fit_is_refused(
 ) -> None:
     arguments = ["distill", "exact:ring8", "--out", str(tmp_path / "r"), *tiny_keys]
     monkeypatch.setattr(resources, "measure", lambda trainer, source: NEEDS)
-    monkeypatch.setattr(resources, "free_memory", lambda: GIB // 4)
+    monkeypatch.setattr(resources, "free_memory", lambda device: GIB // 4)
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "micro_batches: this run needs about" in told and "smaller template" in told
-    monkeypatch.setattr(resources, "free_memory", lambda: None)
+    monkeypatch.setattr(resources, "free_memory", lambda device: None)
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10**6}))
     assert cli.main(arguments) == 2
     assert "keep: 3 checkpoints of 1.0 MB need 3.0 MB more" in capsys.readouterr().err
