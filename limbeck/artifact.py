@@ -231,8 +231,9 @@ def load_generator(path: str | os.PathLike[str], network: type[nn.Module] | None
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over a module's class and form, and the names, shapes and values of its tensors."""
-    return _digest(f"{type(module).__name__}{getattr(module, 'form', '')}", module.state_dict())
+    """SHA-256 over a module's class, form and contexts, and the names, shapes and values of its tensors."""
+    facts = f"{getattr(module, 'form', '')}{' of contexts' if getattr(module, 'contexts', False) else ''}"
+    return _digest(type(module).__name__ + facts, module.state_dict())
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -331,7 +332,8 @@ def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generato
         return Dirac(card["shape"], card["classes"], card["scale"])
     if card["generator"] == "given":
         network = networks.build(card["network"], card["arguments"], own, networks.DECODERS)
-        return Given(network, card["latent_shape"], card["shape"], card["classes"], card["arguments"])
+        of = bool(card.get("contexts", False))
+        return Given(network, card["latent_shape"], card["shape"], card["classes"], card["arguments"], of)
     if card["generator"] == "experts":
         sizes = (card["classes"], card["experts"], card["width"], card["scale"])
         return Experts(tuple(card["shape"]), *sizes, bool(card.get("contexts", False)))

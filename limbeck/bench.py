@@ -296,7 +296,9 @@ def bench(
         }
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     around: dict[str, list[float]] = {name: [] for name in sides}
-    place = next(iter(sides.values()))[0].device
+    place, *others = {trainer.device for trainer, _ in sides.values()}
+    if others:
+        raise ValueError("device: both settings must compute on one, or their times have no ratio")
     peaks = [matmul_peak(device=place)]
     for number in range(repeats):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]

@@ -54,7 +54,7 @@ VERBS = {
     "doctor": ("TEACHER [--out DIR] [--seconds N] [--json]", "look for mistakes in a teacher, without data"),
     "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
-    "replay": ("RUN [--json]", "play the turn again that met NaN or Inf, and say where they come from"),
+    "replay": ("RUN [--device D] [--json]", "play the turn again that met NaN or Inf, and say where they come from"),
 }
 
 RENAMED = {"sample": {"label": "class"}, "import": {"role": "as"}}  # fields by verb whose keys Python reserves
@@ -110,7 +110,9 @@ def _command(arguments: list[str]) -> int:
         return _fail(error, 1)
     except Exception as error:  # folder.Stopped, without importing torch here
         code = getattr(error, "code", None)
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's form of a MemoryError
+        text = str(error).lower()
+        full = "allocate memory" in text or "out of memory" in text  # torch's forms of a MemoryError
+        if isinstance(error, RuntimeError) and full:
             return _fail("out of memory; ask for less at once (batch, count, samples, template)", 1)
         if not isinstance(code, int):
             raise
@@ -352,6 +354,7 @@ class ReferenceOptions:
         features: a bundled classifier's name, a classifier's file or a TorchScript file.
         out: the .npz file to write.
         size: side to which pictures of a folder are resized.
+        device: where the feature network computes: auto, cpu, cuda.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -359,6 +362,7 @@ class ReferenceOptions:
     features: str
     out: str
     size: int | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix != ".npz":
@@ -675,14 +679,15 @@ def _export(words: list[str], keys: dict[str, Any]) -> None:
 
 
 def _reference(words: list[str], keys: dict[str, Any]) -> None:
-    from limbeck import config, data
+    from limbeck import config, data, device
     from limbeck.evaluate.judge import measured_reference
 
     options: ReferenceOptions = config.validate(ReferenceOptions, keys)
     source = _one(words, "DATA")
     data.check_size(options.size, source)
+    place = device.chosen(options.device)
     samples = data.load(source, options.size)
-    measured_reference(samples, options.features)[0].save(Path(options.out))
+    measured_reference(samples, options.features, device=place)[0].save(Path(options.out))
     _say(f"moments of {len(samples.x):,} samples in {options.out}")
 
 
@@ -720,8 +725,9 @@ def _replay(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import replay
 
     network, as_json = _network(keys), keys.pop("json", None) == "true"
-    _known(keys, ("network",))
-    found = replay.replay(Path(_one(words, "RUN")), _say, network=network)
+    place = keys.pop("device", None)
+    _known(keys, ("network", "device"))
+    found = replay.replay(Path(_one(words, "RUN")), _say, network=network, place=place)
     print(json.dumps(found.table(), indent=1) if as_json else "\n".join(found.lines()))
 
 

@@ -45,7 +45,7 @@ from typing import Any
 
 from torch import Tensor
 
-from limbeck import config, folder, loop, methods, report, run, summary, teachers
+from limbeck import config, device, folder, loop, methods, report, run, summary, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge, measure
@@ -342,15 +342,16 @@ def cells_of(grid: Mapping[str, Any], path: Path, features: str | None) -> list[
 def _euler_scores(recipe: Recipe, judge: Judge) -> dict[str, float]:
     """Scores of the teacher's Euler solver on the N levels of a PID recipe: the fixed point of its student."""
     assert isinstance(recipe.method, PID)
-    teacher = teachers.load(recipe.teacher or "")
+    teacher = teachers.load(recipe.teacher or "").to(device.chosen(recipe.device))
     levels = recipe.method.levels.scaled(teacher.unit).grid(recipe.method.N)[:-1]
     settings = recipe.evaluate
     return measure(
-        _EulerSampler(teacher, levels),
+        device.from_cpu(_EulerSampler(teacher, levels), device.home(teacher)),
         len(levels) - 1,
         judge,
         teacher.shape,
         teacher.classes,
+        teacher.contexts,
         samples=settings.samples,
         draws=settings.draws,
         seed=settings.seed,
@@ -368,7 +369,8 @@ class _EulerSampler:
 
 def _teachers_watched(recipe: Recipe, judge: Judge) -> dict[str, float]:
     """What the teacher scores where a run's watched scores are from: as many samples, the same noise and reference."""
-    return summary.watched(teachers.load(recipe.teacher or ""), judge, recipe.evaluate)
+    teacher = teachers.load(recipe.teacher or "").to(device.chosen(recipe.device))
+    return summary.watched(teacher, judge, recipe.evaluate)
 
 
 def levelled(

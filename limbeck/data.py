@@ -29,11 +29,12 @@ LIMIT = 2**32  # bytes that one array of an npz file may declare
 
 @dataclass(frozen=True)
 class Data:
-    """Samples x (n, *shape) in float32 and labels y (n,) in int64 or None."""
+    """Samples x (n, *shape) in float32, and labels y (n,) in int64, contexts (n, k) in float32 or neither."""
 
     name: str
     x: Tensor
     y: Tensor | None
+    contexts: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,7 +52,8 @@ class Data:
     def fingerprint(self) -> str:
         """SHA-256 over values and labels."""
         digest = hashlib.sha256(self.x.numpy().tobytes())
-        digest.update(b"" if self.y is None else self.y.numpy().tobytes())
+        for rows in (self.y, self.contexts):
+            digest.update(b"" if rows is None else rows.numpy().tobytes())
         return digest.hexdigest()
 
     def split(self, every: int = 5) -> tuple[Data, Data]:
@@ -60,7 +62,8 @@ class Data:
         return self._rows(~held_out), self._rows(held_out)
 
     def _rows(self, mask: Tensor) -> Data:
-        return Data(self.name, self.x[mask], None if self.y is None else self.y[mask])
+        y, contexts = (None if rows is None else rows[mask] for rows in (self.y, self.contexts))
+        return Data(self.name, self.x[mask], y, contexts)
 
 
 def load(source: str, size: int | None = None) -> Data:
@@ -68,9 +71,9 @@ def load(source: str, size: int | None = None) -> Data:
 
     Args:
         source: "digits"; "fashion", Debian's package dataset-fashion-mnist; an .npz file with uint8 images `x`
-            (n, H, W, C) or floating-point samples `x` (n, ...), and labels `y` (n,) or none; an IDX folder
-            (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz); or a folder of PNG, JPEG or WebP
-            pictures, whose sub-folders, if any, are classes.
+            (n, H, W, C) or floating-point samples `x` (n, ...), and labels `y` (n,), contexts `y` (n, k) in [0, 1]
+            or none; an IDX folder (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz); or a folder of
+            PNG, JPEG or WebP pictures, whose sub-folders, if any, are classes.
         size: side to which pictures of a folder are cropped (centre square) and resized; None = they all have one size.
 
     Raises:
@@ -224,12 +227,16 @@ def read_npz(path: Path, name: str) -> Data:
         raise ValueError(f"{path}: x must be uint8 or floating point, got {x.dtype}")
     if not torch.isfinite(samples).all():
         raise ValueError(f"{path}: x contains NaN or Inf")
-    labels = None
-    if y is not None:
+    labels = contexts = None
+    if y is not None and y.ndim == 2 and np.issubdtype(y.dtype, np.floating):
+        if len(y) != len(x) or y.shape[1] == 0 or not ((y >= 0) & (y <= 1)).all():
+            raise ValueError(f"{path}: contexts y must be {len(x)} rows of numbers in [0, 1], got shape {y.shape}")
+        contexts = torch.from_numpy(y.astype(np.float32))
+    elif y is not None:
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() > 100_000:
             raise ValueError(f"{path}: y must be {len(x)} class numbers from 0, got {y.dtype} of shape {y.shape}")
         labels = torch.from_numpy(y.astype(np.int64))
-    return Data(name, samples.contiguous(), labels)
+    return Data(name, samples.contiguous(), labels, contexts)
 
 
 def open_npz(path: Path) -> dict[str, np.ndarray]:

@@ -347,8 +347,9 @@ class Guided(Denoiser):
 
     def __init__(self, denoiser: Denoiser, scale: float) -> None:
         super().__init__(denoiser.shape, denoiser.classes, denoiser.sigma_data, denoiser.sigma_min, denoiser.sigma_max)
-        if denoiser.classes == 0:
-            raise ValueError("guidance: needs a denoiser with labels, this one is unconditional")
+        if denoiser.classes == 0 or denoiser.contexts:
+            known = "has contexts, of which none stands for no condition" if denoiser.contexts else "is unconditional"
+            raise ValueError(f"guidance: needs a denoiser with labels, this one {known}")
         if not math.isfinite(scale):
             raise ValueError(f"guidance.scale: must be finite, got {scale}")
         self.denoiser, self.scale = denoiser, float(scale)

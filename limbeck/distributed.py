@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed, nn
 
+from limbeck.device import own_gpu
+
 TIMEOUT = 600.0  # seconds for which a process waits for the others; LIMBECK_TIMEOUT replaces it
 BUCKET = 25 * 2**20  # bytes of gradients that are exchanged together
 
@@ -36,7 +38,7 @@ def rank_and_world() -> tuple[int, int]:
     if not distributed.is_initialized():
         with _alive():
             if _nccl():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+                torch.cuda.set_device(own_gpu())
             distributed.init_process_group("cpu:gloo,cuda:nccl" if _nccl() else "gloo", timeout=_timeout())
         # gloo's threads may still hold the last exchange's tensors, and abort a process that ends around them
         atexit.register(distributed.destroy_process_group)

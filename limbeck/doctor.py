@@ -178,7 +178,7 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
     if isinstance(teacher, Exact):
         return None
     # the weights, and how they are read: a corrected card is another teacher
-    facts = ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output", "schedule")
+    facts = ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output", "schedule", "contexts")
     read = [getattr(teacher, name, None) for name in facts]
     key = hashlib.sha256(f"{fingerprint} {read}".encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

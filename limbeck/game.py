@@ -114,7 +114,7 @@ class Game:
 
         Raises:
             ValueError: if a given generator makes samples of another shape, or takes another number of calls, or the
-                critic has no features to read.
+                critic has no features to read, or guidance is asked of contexts.
         """
         if generator is not None and generator.shape != template.shape:
             raise ValueError(f"generator: makes samples of shape {generator.shape}, the teacher's are {template.shape}")
@@ -122,6 +122,9 @@ class Game:
             raise ValueError(
                 f"method.game.calls: the given generator takes {generator.nfe} network calls, set it to that"
             )
+        g = self.guidance
+        if template.contexts and {g.fake_turn, g.fake, g.teacher} != {1.0}:
+            raise ValueError("method.game.guidance: a teacher of contexts has none that stands for no condition")
         made: dict[str, nn.Module] = {
             "generator": generator or self._generator(copy.deepcopy(template)),
             "fake": copy.deepcopy(template),

@@ -23,6 +23,7 @@ class Given(Generator):
         classes: width of a condition row; 0 = unconditional.
         arguments: what the network's class was built with, so that a file can say it; left out: the network's
             attribute `arguments`, if it has one, else none.
+        contexts: condition rows are points of [0, 1]^classes instead of one-hot labels.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Given(Generator):
         shape: Sequence[int],
         classes: int = 0,
         arguments: Mapping[str, Any] | None = None,
+        contexts: bool = False,
     ) -> None:
         super().__init__()
         for name, sizes in (("latent_shape", latent_shape), ("shape", shape)):
@@ -39,7 +41,7 @@ class Given(Generator):
                 raise ValueError(f"{name}: must be positive sizes, got {tuple(sizes)}")
         if classes < 0:
             raise ValueError(f"classes: must not be negative, got {classes}")
-        self.network, self.classes = network, classes
+        self.network, self.classes, self.contexts = network, classes, contexts
         self.latent_shape, self.shape = tuple(latent_shape), tuple(shape)
         self.arguments = dict(getattr(network, "arguments", {}) if arguments is None else arguments)
 
@@ -62,4 +64,5 @@ class Given(Generator):
             "latent_shape": list(self.latent_shape),
             "shape": list(self.shape),
             "classes": self.classes,
+            **({"contexts": True} if self.contexts else {}),
         }

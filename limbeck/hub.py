@@ -63,7 +63,8 @@ class HubGenerator(Generator, PyTorchModelHubMixin, library_name="limbeck"):
     def __init__(self, generator: Generator, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.generator, self.facts = generator, dict(facts or {})
-        self.shape, self.latent_shape, self.classes = generator.shape, generator.latent_shape, generator.classes
+        self.shape, self.latent_shape = generator.shape, generator.latent_shape
+        self.classes, self.contexts = generator.classes, generator.contexts
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.generator(z, cond)

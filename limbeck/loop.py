@@ -328,6 +328,7 @@ def _dump(job: Job, error: NonFinite) -> bool:
         "trainer": job.trainer.state_dict(), "turn": error.turn, "batches": batches,
         "losses": torch.cat([theirs["rows losses"] for theirs in every]),
         "identity": job.origin, "threads": torch.get_num_threads(), "versions": versions(),
+        "device": job.trainer.device.type,
     }  # fmt: skip
     try:
         _store(job, NONFINITE, state, keep=1)

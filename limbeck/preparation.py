@@ -37,6 +37,8 @@ def provider_for(recipe: Recipe, teacher: Denoiser) -> Provider | None:
         return None
     if recipe.real.source == "auto" and (provider := exact_provider(teacher)):
         return provider
+    if teacher.contexts:
+        raise ValueError("real.source: data have no contexts; critics of policies read samples of exact laws only")
     samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
     if samples.shape != teacher.shape:
         raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")
@@ -73,23 +75,23 @@ class Preparation:
         if provider is not None or pairs is not None:
             job = replace(job, source=RealSource(self.noise, provider, pairs))
         seconds = time.perf_counter() - began
-        if job.trainer.step == 0 and self.warms(job.recipe):
+        if job.trainer.step == 0 and self._warms(job.recipe):
             trainer, spent = self._warm_start(job, stop, tell)
             return replace(job, trainer=trainer), seconds + spent
         return job, seconds
 
-    def warms(self, recipe: Recipe) -> bool:
-        """Is the student's network to learn to imitate the teacher first?
+    def check(self, recipe: Recipe) -> None:
+        """Raise ValueError if there are no samples on which the student's network could learn to imitate the teacher.
 
-        Raises:
-            ValueError: if there are no samples to learn it on.
+        Those of an exact law have contexts; those that are kept have none.
         """
-        asked = recipe.warm_start > 0 and getattr(recipe.method, "warm_start", False)
-        if self.template is self.teacher or not asked:
-            return False
-        if self.teacher.contexts and exact_provider(self.teacher) is None:
+        if self._warms(recipe) and self.teacher.contexts and exact_provider(self.teacher) is None:
             raise ValueError("warm_start: teachers of contexts that are no exact laws need warm_start = 0")
-        return True
+
+    def _warms(self, recipe: Recipe) -> bool:
+        """Is the student's network to learn to imitate the teacher first?"""
+        asked = recipe.warm_start > 0 and getattr(recipe.method, "warm_start", False)
+        return asked and self.template is not self.teacher
 
     def _warm_start(self, job: loop.Job, stop: Stop, tell: Tell) -> tuple[Trainer, float]:
         """A trainer whose players are copies of a template that imitates the teacher: all these methods start there."""

@@ -36,6 +36,7 @@ class Card:
         latent_shape: shape of one latent z ~ N(0, I), e.g. [64].
         shape: shape of one sample, e.g. [3, 32, 32].
         classes: width of a condition row; 0 = unconditional, the class is called as network(z), else network(z, cond).
+        contexts: condition rows are points of [0, 1]^classes instead of one-hot labels.
         arguments: the class's constructor arguments.
     """
 
@@ -44,6 +45,7 @@ class Card:
     latent_shape: list[int]
     shape: list[int]
     classes: int = 0
+    contexts: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,6 +113,9 @@ def accepted(generator: nn.Module, teacher: Denoiser) -> Generator:
     classes, z = generator.classes, torch.zeros(2, *generator.latent_shape)
     if classes not in (0, teacher.classes):
         raise ValueError(f"generator: has {classes} classes, the teacher {teacher.classes}")
+    if generator.contexts != teacher.contexts:
+        ours, theirs = ("contexts" if it.contexts else "none" for it in (generator, teacher))
+        raise ValueError(f"generator: has {ours}, the teacher {theirs}; set contexts of what it was built with")
     try:
         made = copy.deepcopy(generator).eval().requires_grad_(True)
         x = made(z, torch.zeros(2, classes) if classes else None)

@@ -92,6 +92,7 @@ def replay(
     teacher: Denoiser | None = None,
     network: type[nn.Module] | None = None,
     generator: Generator | None = None,
+    place: str | None = None,
 ) -> Found:
     """Play the kept turn of the run in `out` again. Nothing is written.
 
@@ -100,6 +101,7 @@ def replay(
         teacher: the denoiser that the run was given, if it was none that a name or file says.
         network: the caller's own class, as in `run.distill`.
         generator: the generator that the run was given, likewise.
+        place: the device, if not that of the recipe.
 
     Raises:
         ValueError: if there is no turn to replay, or it is that of another teacher, data set or generator.
@@ -108,7 +110,7 @@ def replay(
         raise ValueError(f"{out}: not a run folder, it has no recipe.toml")
     if not (out / loop.NONFINITE).is_dir():
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
-    table = config.read_toml(out / "recipe.toml")
+    table = config.read_toml(out / "recipe.toml") | ({} if place is None else {"device": place})
     if "data" in table:
         job = run.teaching(config.resolve(table, config.TEACHING), out, network)
     else:
@@ -122,6 +124,8 @@ def replay(
     if state["versions"] != versions():
         tell(f"versions: {state['versions']} in the run, {versions()} now; losses may differ in the last bits")
     trainer: Trainer = job.trainer
+    if state.get("device", trainer.device.type) != trainer.device.type:
+        tell(f"device: {state['device']} in the run, {trainer.device.type} now; losses may differ in the last bits")
     trainer.load_state_dict(state["trainer"])
     index = int(state["turn"])
     turn = list(trainer.objective.turns(trainer.step, trainer.images))[index]

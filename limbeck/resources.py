@@ -201,7 +201,10 @@ def free_memory(device: torch.device = CPU) -> int | None:
     Processes that `torchrun` has started on one machine share what the machine and the group have.
     """
     if device != CPU:
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        if device.type != "cuda":
+            return None
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for itself
+        return torch.cuda.mem_get_info(device)[0] + cached
     found = []
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with contextlib.suppress(OSError, StopIteration, ValueError):

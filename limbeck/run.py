@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from limbeck import artifact, config, data, loop, methods, refine, summary, teachers
+from limbeck import artifact, config, data, device, loop, methods, refine, summary, teachers
 from limbeck.config import Real, Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.device import on_cpu
 from limbeck.evaluate import Judge
-from limbeck.evaluate.judge import settle
 from limbeck.files import check_folder
 from limbeck.folder import Tell
 from limbeck.generator import Generator
@@ -95,11 +93,11 @@ def distillation(
     if recipe.teacher is None:
         raise ValueError("teacher: is missing")
     name = recipe.teacher
-    teacher = teachers.load(name, network) if teacher is None else on_cpu(teacher)
+    teacher = teachers.load(name, network) if teacher is None else device.on_cpu(teacher)
     recipe = fit_levels(recipe, teacher, tell)
     given = generator if generator is not None else refine.named(recipe, network)
     if given is not None:
-        given, recipe = refine.accepted(on_cpu(given), teacher), refine.patient(recipe)
+        given, recipe = refine.accepted(device.on_cpu(given), teacher), refine.patient(recipe)
         if isinstance(given, Given):
             network = type(given.network)
     template = student_template(recipe, teacher, network if given is None else None)
@@ -114,10 +112,9 @@ def distillation(
         raise ValueError("real.data: nothing reads it, with this method and teacher and real.source; leave it out")
     data.check_size(recipe.size, recipe.evaluate.data, recipe.real.data)
     if judge is None:
-        judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size)
+        judge = summary.judge_for(name, recipe.evaluate, teacher, recipe.size, place=device.chosen(recipe.device))
     start = given or direct_generator(recipe, teacher)
     trainer = trainer_of(recipe, teacher, template, start)
-    settle(judge, trainer.device)
     student = trainer.nets[recipe.method.product]
     assert isinstance(student, Generator)
     noise = NoiseSource(
@@ -126,7 +123,7 @@ def distillation(
     )  # fmt: skip
     provider = provider_for(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, start, noise, provider)
-    prepare.warms(recipe)  # or is refused
+    prepare.check(recipe)
     job = Job(
         recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network,
         given="" if given is None else artifact.fingerprint(given),
@@ -180,6 +177,8 @@ def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) 
         raise ValueError("real: belongs to `limbeck distill`; teaching reads its data")
     data.check_size(recipe.size, recipe.data, recipe.evaluate.data)
     samples = data.load(recipe.data, recipe.size)
+    if samples.contexts is not None:
+        raise ValueError(f"{recipe.data}: y holds contexts; what is taught has class numbers, or none")
     if samples.sigma_data == 0:
         raise ValueError(f"{recipe.data}: all values are 0; sigma_data must be positive")
     # carries the data's shape and scale to the objective, which builds its own network if it trains no denoiser; the
@@ -190,9 +189,10 @@ def teaching(recipe: Recipe, out: Path, network: type[nn.Module] | None = None) 
     template = student_template(recipe, plain, network) if product == "denoiser" else plain
     judge = None
     if product != "classifier":
-        judge = summary.judge_for(recipe.data, recipe.evaluate, template, recipe.size)
+        judge = summary.judge_for(
+            recipe.data, recipe.evaluate, template, recipe.size, place=device.chosen(recipe.device)
+        )
     trainer = trainer_of(recipe, plain, template)
-    settle(judge, trainer.device)
     student = trainer.nets[product]
     latent_shape = student.latent_shape if isinstance(student, Generator) else samples.shape
     noise = NoiseSource(

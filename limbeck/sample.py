@@ -35,7 +35,7 @@ def _sigmas(denoiser: Denoiser, steps: int, levels: Levels | None, sigmas: Tenso
 
 
 def _clean(denoiser: Denoiser, x: Tensor, sigma: Tensor, z: Tensor, cond: Tensor | None) -> Tensor:
-    return denoiser(x.to(z.dtype), sigma.to(z.dtype), cond).double()
+    return denoiser(x.to(z.dtype), sigma.to(z), cond).double()
 
 
 def _heun(denoiser: Denoiser, z: Tensor, sigmas: list[Tensor], cond: Tensor | None) -> Iterator[Tensor]:

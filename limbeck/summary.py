@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck import artifact, config, data, features, report, speed, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.device import from_cpu, home
+from limbeck.device import CPU, from_cpu, home
 from limbeck.distributed import rank_and_world
 from limbeck.evaluate import VALIDATION, ExactJudge, Judge, Scores, measure
 from limbeck.evaluate.draws import Sampler, generate, in_order, latents
@@ -41,6 +41,7 @@ def judge_for(
     teacher: Denoiser | None,
     size: int | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    place: torch.device = CPU,
 ) -> Judge | None:
     """Who scores samples of a law; None if there is nothing to compare with.
 
@@ -49,13 +50,14 @@ def judge_for(
         teacher: an exact teacher is its own judge.
         size: side to which pictures of a folder of reference data are resized.
         shapes: shape of a sample by the name of what makes it; None = the teacher's.
+        place: where the feature network computes.
 
     Raises:
         ValueError: if the reference or its features are incomplete, or do not fit the samples.
     """
     if shapes is None:
         shapes = {} if teacher is None else {law: teacher.shape}
-    judge = _judge(law, settings, teacher, size, shapes)
+    judge = _judge(law, settings, teacher, size, shapes, place)
     if judge is not None:
         for who, shape in shapes.items():
             judge.check(who, tuple(shape))
@@ -68,6 +70,7 @@ def _judge(
     teacher: Denoiser | None,
     size: int | None,
     shapes: Mapping[str, tuple[int, ...]],
+    place: torch.device,
 ) -> Judge | None:
     if isinstance(teacher, Exact):
         for name in ("data", "reference", "features"):
@@ -76,20 +79,20 @@ def _judge(
         return ExactJudge(teacher, settings.seed, scale=settings.mmd_scale, source=law)
     if settings.data is not None and settings.data.startswith("exact:"):
         target = teachers.load(settings.data)
-        return _judge(settings.data, dataclasses.replace(settings, data=None), target, size, shapes)
+        return _judge(settings.data, dataclasses.replace(settings, data=None), target, size, shapes, place)
     if settings.reference is not None or settings.data is not None:
         if settings.features is None:
             raise ValueError("evaluate.features: a reference needs a feature network (pixels is one)")
         if settings.reference is not None:
-            return read_judge(Path(settings.reference), settings.features, settings.quantize)
+            return read_judge(Path(settings.reference), settings.features, settings.quantize, place)
         samples = data.load(settings.data or "", size)
         for who, shape in shapes.items():  # measuring takes minutes
             if tuple(shape) != samples.shape:
                 raise ValueError(f"{who}: its samples have shape {shape}, those of {settings.data} {samples.shape}")
-        return measured_judge(samples, settings.features, settings.quantize)
+        return measured_judge(samples, settings.features, settings.quantize, place)
     if settings.features is not None:
         raise ValueError("evaluate.features: needs evaluate.data or evaluate.reference beside it")
-    return bundled_judge(law, settings.quantize)
+    return bundled_judge(law, settings.quantize, place)
 
 
 def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tuple[int, ...], int, bool]:

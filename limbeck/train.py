@@ -169,7 +169,7 @@ class Trainer:
         key = "+".join(turn.players)
         scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
         losses: list[Tensor] = []
-        # dropout is the only user of the global generator; it gets a stream of its own and gives the old one back
+        # dropout is the only user of global generators; it gets a stream of its own, and gives the CPU's old one back
         with torch.random.fork_rng(devices=[]), self.passes():
             for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
                 reseed(self.seed, "dropout", self.step, index, number)

@@ -1,7 +1,7 @@
 """A device that is none: its tensors lie in this computer's memory, and refuse to meet those of the CPU, as a GPU's do.
 
 Within `Pretend()` the device "pretend" can be used as "cuda" can where there is a GPU. Its arithmetic is the CPU's, so
-that results must be equal bit for bit, and code that forgets to move a tensor fails as it would there.
+that results must be equal up to rounding, and code that forgets to move a tensor fails as it would there.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, cli, config, methods, stock, teachers
-from limbeck.denoiser import Denoiser, Preconditioned
+from limbeck import artifact, cli, compare, config, methods, stock, teachers
+from limbeck.denoiser import Denoiser, Guided, Preconditioned
 from limbeck.evaluate import ExactJudge, measure
 from limbeck.evaluate.draws import generate, in_order, latents
 from limbeck.exact import Policy
@@ -245,3 +245,69 @@ def test_samples_in_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_denoiser_s_card_without_contexts_is_as_before() -> None:
     """Files and fingerprints of what has no contexts do not change."""
     assert "contexts" not in Denoiser((2,), 0, 0.5).facts() and learned().facts()["contexts"] is True
+
+
+def test_scores_of_samples_need_their_contexts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `sample` writes, `evaluate` reads."""
+    out = tmp_path / "drawn.npz"
+    assert cli.main(["sample", "exact:policy4", "--count", "1000", "--out", str(out)]) == 0
+    asked = ["--against", "exact:policy4", "--samples", "1000", "--json"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out), *asked]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"][0]["metrics"]
+    assert found["log_density"] == pytest.approx(LOG_DENSITY, abs=0.2) and 0.4 < found["c2st"] < 0.56
+    with np.load(out) as file:
+        x, y = file["x"], file["y"]
+    for name, arrays, line in (
+        ("bare", {"x": x}, "contexts: samples of exact:policy4 are scored with those they were drawn in"),
+        ("classes", {"x": x, "y": np.zeros(len(x), int)}, "contexts: samples of exact:policy4 are scored"),
+        ("outside", {"x": x, "y": y + 1}, f"{tmp_path / 'outside.npz'}: contexts y must be 1000 rows of numbers in [0"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        assert cli.main(["evaluate", str(tmp_path / f"{name}.npz"), *asked]) == 2
+        assert capsys.readouterr().err.startswith(f"limbeck: {line}")
+    assert cli.main(["teach", str(out), "--out", str(tmp_path / "taught")]) == 2
+    assert "y holds contexts" in capsys.readouterr().err and not (tmp_path / "taught").exists()
+
+
+class Net(nn.Module):
+    """A caller's generator network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 2)
+
+    def forward(self, z: Tensor, cond: Tensor) -> Tensor:
+        return self.map(torch.cat([z, cond], 1))
+
+
+def test_a_given_generator_says_whether_it_takes_contexts(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    keys = {**tiny, "steps": 2, "warm_start": 0}
+    with pytest.raises(ValueError, match=r"^generator: has none, the teacher contexts"):
+        limbeck.distill(
+            "exact:policy4", "sid", generator=limbeck.Given(Net(), (3,), (2,), 1), out=tmp_path / "a", **keys
+        )
+    assert not list(tmp_path.iterdir())
+    given = limbeck.Given(Net(), (3,), (2,), 1, contexts=True)
+    limbeck.distill("exact:policy4", "sid", generator=given, out=tmp_path / "a", **QUIET, **keys)
+    assert artifact.load_generator(tmp_path / "a", Net).contexts
+
+
+def test_guidance_is_not_for_contexts(tmp_path: Path) -> None:
+    method = {"name": "sid", "game": {"guidance": {"teacher": 2.0}}}
+    with pytest.raises(ValueError, match=r"guidance: a teacher of contexts has none that stands for no condition"):
+        limbeck.distill("exact:policy4", method, out=tmp_path / "run", **QUIET)
+    with pytest.raises(ValueError, match=r"^guidance: .* has contexts, of which none stands for no condition"):
+        Guided(policy(), 2.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_reading_is_another_model() -> None:
+    assert artifact.fingerprint(learned(True)) != artifact.fingerprint(learned(False))
+
+
+def test_the_euler_solver_of_a_policy_is_scored_in_contexts() -> None:
+    recipe = config.resolve(
+        {"teacher": "exact:policy4", "method": {"name": "pid", "N": 60}, "evaluate": {"samples": 500}}, methods.METHODS
+    )
+    assert compare._euler_scores(recipe, ExactJudge(policy()))["log_density"] == pytest.approx(LOG_DENSITY, abs=0.3)

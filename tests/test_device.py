@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -16,7 +17,10 @@ import torch
 from pretend import DEVICE, Pretend
 
 import limbeck
-from limbeck import cli, config, methods, replay, run, teachers
+from limbeck import bench, cli, config, device, methods, replay, run, teachers
+from limbeck.exact import Empirical
+from limbeck.methods.pid import PID
+from limbeck.sample import heun
 from limbeck.source import RealSource
 from limbeck.train import NonFinite, Trainer
 
@@ -180,3 +184,39 @@ def test_exact_laws_draw_the_same() -> None:
         here = law.sample(50, torch.Generator().manual_seed(0))
         there = law.to(DEVICE).sample(50, torch.Generator().manual_seed(0))
         assert there.device == DEVICE and torch.equal(there.cpu(), here)
+
+
+def test_points_and_features(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Point sets, and a perceptual loss whose network is the caller's: two runs of one objective."""
+    points = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    law = Empirical(points)
+    there = copy.deepcopy(law).to(DEVICE)
+    z = points[:9]
+    torch.testing.assert_close(heun(there, z.to(DEVICE), 4).cpu(), heun(law, z, 4))
+    method = PID(N=20, metric="features", features=torch.nn.Linear(2, 5))
+    for place in ("cpu", "pretend", "again"):
+        keys = {**tiny, "steps": 2, "device": place.replace("again", "pretend")}
+        limbeck.distill("exact:ring8", method, out=tmp_path / place, **QUIET, **keys)
+    assert equal(weights(tmp_path / "cpu"), weights(tmp_path / "again"))
+    assert device.home(method.features) == device.CPU  # type: ignore[arg-type]
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for count, own in ((8, 3), (4, 3), (1, 0)):  # one: a launcher that shows each process its own
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert device.own_gpu() == own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, reason in (("cuda", "4 processes share 2 GPUs"), ("cuda:1", "each process takes a GPU of its own")):
+        with pytest.raises(ValueError, match=rf"^device: '{name}' cannot be used here \({reason}"):
+            device.chosen(name)
+
+
+def test_a_bench_compares_on_one_device() -> None:
+    recipes = {
+        place: config.resolve({"teacher": "digits", "method": "pid", "batch": 4, "device": place}, methods.METHODS)
+        for place in ("cpu", "pretend")
+    }
+    with pytest.raises(ValueError, match=r"^device: both settings must compute on one"):
+        bench.bench(recipes, repeats=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any, cast
@@ -29,6 +30,7 @@ from limbeck.divergence import DIVERGENCES
 from limbeck.exact import Gaussian, Mixture
 from limbeck.game import Game, Guidance, Settling
 from limbeck.generator import Dirac, FewStep, OneStep
+from limbeck.losses import denoising
 from limbeck.methods import METHODS
 from limbeck.methods.diff_instruct import DiffInstruct, diff_instruct_loss
 from limbeck.methods.dmd import DMD
@@ -41,7 +43,7 @@ from limbeck.methods.sim import SIM
 from limbeck.methods.uni_instruct import UniInstruct, released_ratio
 from limbeck.networks.mlp import MLP
 from limbeck.noise import LogNormal
-from limbeck.objective import Batch, Pairs
+from limbeck.objective import Batch, Pairs, perturb
 from limbeck.source import NoiseSource, RealSource
 from limbeck.train import NonFinite, Trainer
 
@@ -133,6 +135,12 @@ def test_sida_without_its_critic_is_sid() -> None:
         on = SiDA(alpha=alpha, game=Game(adversarial=Adversarial(weight=0.1)))
         assert (slope(on, nets, feed) - sid).norm() > 1e-3 * sid.norm()
         same(slope(on, nets, feed, judged=False), sid)  # before its gate
+    # both losses share the normaliser, and the critic is to be convinced
+    view = on.game.view(nets, LAW, feed, on.levels)
+    weight = 1 / ((view.x - view.real).detach() / LAW.unit).abs().mean(1)
+    judged = weight * 0.1 * 2 * nn.functional.softplus(-view.logits)
+    unjudged = on.loss(nets, LAW, feed, judged=False)
+    torch.testing.assert_close(on.loss(nets, LAW, feed) - unjudged, judged)
 
 
 def test_squared_sim_is_twice_sid() -> None:
@@ -350,6 +358,17 @@ def test_only_the_last_call_is_differentiated() -> None:
         for a, b in zip(got, torch.autograd.grad(last.sum(), list(start.parameters())), strict=True):
             assert torch.equal(a, b)
     assert torch.equal(few(z), few.roll(z, None, 3))
+    # the fake score learns the samples that the generator is judged by
+    game, feed = Game(calls=3), batch((3, 2))
+    nets = players(SiD(game=game), start)
+    sigma = game.fake_levels.scaled(LAW.unit).quantile(feed.u)
+    for calls in (1, 2, 3):
+        with torch.no_grad():
+            x = cast(FewStep, nets["generator"]).roll(feed.z, None, calls)
+            estimate = nets["fake"](perturb(x, sigma, feed.eps), sigma)
+            turn = next(iter(game.turns(SiD(game=game).loss, calls - 1, 0)))
+            expected = denoising(estimate, x, sigma, LAW.sigma_data)
+            torch.testing.assert_close(turn.loss(nets, LAW, feed), expected)
     # every call takes its turn
     turns = [list(SiD(game=Game(calls=3)).turns(step, 0))[-1] for step in range(6)]
     seen = [cast(Any, turn.loss).keywords["call"] for turn in turns]
@@ -393,8 +412,39 @@ def test_the_fake_scores_turn_drops_labels_only_under_guidance() -> None:
         nets = nn.ModuleDict({"generator": generator, "fake": Spy((2,), 3, 1.0)})
         game.fake_turn().loss(nets, LAW, feed)
         rows = seen[0][:N]
+        assert len(seen[0]) == (N if scale == 1 else 2 * N) and torch.equal(seen[0][N:], torch.zeros_like(seen[0][N:]))
         assert int((rows.sum(1) == 0).sum()) == dropped
         assert torch.equal(rows[feed.coin >= 0.25], feed.cond[feed.coin >= 0.25])
+
+
+def test_guidance_of_the_fake_scores_own_turn() -> None:
+    """What learns is the guided estimate (k1 of SiD-LSG)."""
+    start, feed = template(3), batch(classes=3)
+    game = Game(guidance=Guidance(fake_turn=1.5, dropout=0.0))
+    nets = players(SiD(game=game), start)
+    x = nets["generator"](feed.z, feed.cond).detach()
+    sigma = game.fake_levels.scaled(LAW.unit).quantile(feed.u)
+    estimate = Guided(nets["fake"], 1.5)(perturb(x, sigma, feed.eps), sigma, feed.cond)
+    expected = denoising(estimate, x, sigma, LAW.sigma_data)
+    torch.testing.assert_close(game.fake_turn().loss(nets, LAW, feed), expected)
+    critical = replace(game, adversarial=Adversarial(critic=0.0))
+    judged = players(SiD(game=critical), start)
+    judged["fake"].load_state_dict(nets["fake"].state_dict())
+    torch.testing.assert_close(critical.fake_turn().loss(judged, LAW, feed), expected)
+
+
+def test_replayed_dropout_has_equal_masks() -> None:
+    """A fake score that is the teacher gives no gradient, whatever is dropped; without equal masks it would."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        start = template()
+        noisy = Preconditioned(MLP((2,), 0, 16, 1, 0.5).double(), (2,), 0, LAW.sigma_data)
+        noisy.network.load_state_dict(start.network.state_dict())
+        feed, nets = batch(), nn.ModuleDict({"generator": OneStep(start, 2.5), "fake": copy.deepcopy(noisy)}).eval()
+        assert slope(DiffInstruct(dropout_replay=True), nets, feed, noisy.eval()).norm() == 0
+        nets["fake"].train()
+        noisy.train()
+        assert slope(DiffInstruct(), nets, feed, noisy).norm() > 1e-3
 
 
 # Critics --------------------------------------------------------------------------------------------------------------
@@ -428,6 +478,27 @@ def test_r1_is_the_squared_gradient() -> None:
     assert got.item() == pytest.approx(exact, rel=20 * R1_STEP**2 * 5)
 
 
+def test_the_critics_part_in_the_fake_scores_turn() -> None:
+    """Its loss on real and generated samples of equal levels, with R1 and with the weight of the levels."""
+    feed, start = batch(), template()
+    assert feed.real is not None and feed.direction is not None
+    for weighting in ("uniform", "edm"):
+        game = Game(adversarial=Adversarial(critic=0.3, loss="bce", weighting=weighting, r1=0.7))  # type: ignore[arg-type]
+        nets = players(SiD(game=game), start)
+        sigma = game.fake_levels.scaled(LAW.unit).quantile(feed.u)
+        x = nets["generator"](feed.z).detach()
+        noisy, real = perturb(x, sigma, feed.eps), perturb(feed.real, sigma, feed.eps)
+        near = real + R1_STEP * torch.sqrt(sigma**2 + LAW.sigma_data**2)[:, None] * feed.direction
+        on_fake, on_real, on_near = (nets["critic"](nets["fake"].trace(y, sigma)[1]) for y in (noisy, real, near))
+        game_loss = (nn.functional.softplus(on_fake) + nn.functional.softplus(-on_real)) / 2
+        game_loss = game_loss + 0.7 * ((on_near - on_real) / R1_STEP) ** 2
+        if weighting == "edm":
+            sd = LAW.sigma_data
+            game_loss = game_loss * (sigma**2 + sd**2) / (sigma * sd) ** 2 * (sd / 0.5) ** 2
+        expected = denoising(nets["fake"](noisy, sigma), x, sigma, LAW.sigma_data) + 0.3 * game_loss
+        torch.testing.assert_close(game.fake_turn().loss(nets, LAW, feed), expected)
+
+
 def test_a_critic_learns_the_density_ratio() -> None:
     """On two Gaussians, whose log ratio at every noise level is known."""
     torch.manual_seed(0)
@@ -453,6 +524,13 @@ def test_a_critic_learns_the_density_ratio() -> None:
             logit = run.nets["critic"](features)
         exact = there.log_prob(x.double(), s) - here.log_prob(x.double(), s)
         assert (logit - exact).abs().max() < 0.25
+        # E_fake[r] = 1, within what the critic's own error adds
+        z = here.sample(20_000, torch.Generator().manual_seed(2)).float()
+        level = torch.full((len(z),), s)
+        noisy = perturb(z, level, torch.randn(z.shape, generator=torch.Generator().manual_seed(3)))
+        with torch.no_grad():
+            ratio = run.nets["critic"](run.nets["fake"].trace(noisy, level)[1]).exp()
+        assert ratio.mean().item() == pytest.approx(1, abs=0.1)
 
 
 class CriticOnly:
@@ -656,19 +734,46 @@ def test_dropping_nan_is_leaving_samples_out_at_an_unchanged_divisor() -> None:
 
 
 def test_the_integral_kl_tells_disjoint_laws_apart() -> None:
-    """KL of two points is infinite; of their noised laws it is a^2 / (2 sigma^2), whose gradient points home."""
-    feed = batch()
-    for distance in (3.0, 30.0):
-        law = Gaussian(torch.zeros(2), 1e-9)
-        point = Dirac((2,), scale=1.0).double()
-        with torch.no_grad():
-            point.points.copy_(torch.tensor([[distance, 0.0]]))
-        sigma = LogNormal(0.0, 1.0).quantile(feed.u)
-        x = point(feed.z)
-        real = law(x + sigma[:, None] * feed.eps, sigma)
-        # sigma^2 grad KL(N(x, sigma^2) || N(0, sigma^2)) = x at every level: finite, and larger the further away
-        (g,) = torch.autograd.grad(diff_instruct_loss(x, x.detach(), real).mean(), point.points)
-        torch.testing.assert_close(g, torch.tensor([[distance, 0.0]], dtype=torch.float64), rtol=1e-7, atol=1e-7)
+    """KL(N(a, s^2 I) || N(0, s^2 I)) = a^2 / (2 s^2) is infinite for points, s = 0. IKL = E w KL of the noised laws is
+    finite, grows with the distance, and its slope is what the method computes.
+    """
+    feed, method, grid = batch(), DiffInstruct(levels=LogNormal(0.0, 1.0)), (torch.arange(N).double() + 0.5) / N
+    for width in (1e-9, 0.3):
+        origin = Gaussian(torch.zeros(2, dtype=torch.float64), width)
+        sigma = method.levels.scaled(origin.unit).quantile(grid)
+
+        def integral(a: float, sigma: Tensor = sigma, width: float = width) -> float:
+            """E[sigma^2 KL(N(a, (s^2 + sigma^2) I) || N(0, ...))], on the batch's levels."""
+            return float((sigma**2 * a**2 / (2 * (sigma**2 + width**2))).mean())
+
+        slopes = []
+        for distance in (3.0, 30.0):
+            point = Dirac((2,), scale=1.0).double()
+            with torch.no_grad():
+                point.points.copy_(torch.tensor([[distance, 0.0]]))
+            # the exact fake score of a student N(point, s^2 I)
+            fake = Gaussian(torch.tensor([distance, 0.0], dtype=torch.float64), width)
+            nets = nn.ModuleDict({"generator": Shaken(point, width), "fake": fake})
+            (g,) = torch.autograd.grad(method.loss(nets, origin, feed).mean() * origin.unit**2, point.points)
+            step = 1e-4 * distance
+            numeric = (integral(distance + step) - integral(distance - step)) / (2 * step)
+            assert g[0, 0].item() == pytest.approx(numeric, rel=1e-6) and abs(g[0, 1].item()) < 1e-6 * numeric
+            slopes.append(g[0, 0].item())
+        assert math.isfinite(integral(30.0)) and integral(30.0) > 99 * integral(3.0) > 0
+        assert slopes[1] == pytest.approx(10 * slopes[0], rel=1e-6)
+    kl = torch.distributions.kl_divergence(*(torch.distributions.Normal(torch.tensor(a), 1e-9) for a in (3.0, 0.0)))
+    assert kl > 1e18
+
+
+class Shaken(nn.Module):
+    """A point with Gaussian noise of a width, as a generator."""
+
+    def __init__(self, point: nn.Module, width: float) -> None:
+        super().__init__()
+        self.point, self.width = point, width
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.point(z, cond)) + self.width * z
 
 
 def test_diff_instruct_at_sigma_0_is_the_kl_gan_update() -> None:

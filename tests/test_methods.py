@@ -20,7 +20,7 @@ from limbeck.networks.mlp import MLP
 from limbeck.objective import Batch, Pairs, State
 from limbeck.sample import heun
 from limbeck.source import NoiseSource, RealSource, provider_of
-from limbeck.train import Source, Trainer
+from limbeck.train import ALL_OPEN, Source, Trainer
 
 M = methods.METHODS
 JUDGED = Game(adversarial=Adversarial(weight=0.01))
@@ -32,7 +32,8 @@ CASES |= {f"uni {f}": M["uni_instruct"](divergence=f, game=JUDGED) for f in DIVE
 CASES["uni without a critic"] = M["uni_instruct"](divergence="reverse_kl")
 CASES["f_distill reverse_kl"] = M["f_distill"](divergence="reverse_kl")
 CASES |= {f"vardiu {q}": M["vardiu"](posterior=q, antithetic=False, as_released=True) for q in ("full", "flow")}
-CASES["gates"] = M["sida"](game=Game(fake_first=20, adversarial=Adversarial(weight=0.1, after=30)))
+CASES["gates"] = M["sida"](game=Game(fake_first=12, adversarial=Adversarial(weight=0.1, after=24)))  # of batches of 12
+CASES["sida, judged"] = M["sida"](game=Game(adversarial=Adversarial(weight=0.1, loss="bce", weighting="edm")))
 CASES["few steps"] = M["sid"](game=Game(calls=3))
 CASES["critics"] = M["sim"](game=Game(adversarial=Adversarial(weight=0.1, loss="hinge", weighting="edm", r1=0.1)))
 CASES["settling"] = M["diff_instruct"](game=Game(settle=2))
@@ -114,7 +115,9 @@ def test_micro_batches_are_one_batch(method: Any, parts: int) -> None:
     one, two = fresh.advance(source(method, law)), cut.advance(source(method, law, parts))
     for name in one:
         if name.startswith("loss/") or name.startswith("grad_norm/"):
-            assert torch.allclose(one[name], two[name], rtol=1e-12, atol=1e-12) or "generator" in name, name
+            # the generator's turn comes after an update that has divided by small numbers
+            close = 1e-8 if "generator" in name else 1e-12
+            assert torch.allclose(one[name], two[name], rtol=close, atol=close), name
 
 
 @every_method
@@ -123,7 +126,8 @@ def test_turns_leave_nothing_behind(method: Any) -> None:
     made = trainer(method, law)
     feed = source(method, law)
     before = torch.random.get_rng_state()
-    played = [player for turn in method.turns(0, 10**9) for player in turn.players]
+    played = [player for turn in method.turns(0, ALL_OPEN) for player in turn.players]
+    made.images = ALL_OPEN
     made.advance(feed)
     assert "generator" in played and set(played) <= set(made.nets)
     assert torch.equal(before, torch.random.get_rng_state())

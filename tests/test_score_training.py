@@ -15,6 +15,7 @@ SHORT: dict[str, Any] = {
 }  # fmt: skip
 
 
+UNI = ("reverse_kl", "forward_kl", "jeffreys")
 GATES = {"fake_first": 12_800, "adversarial": {"after": 25_600}}  # in 76,800 images
 CASES: dict[str, tuple[Any, float]] = {
     "diff_instruct": ("diff_instruct", 0.025),
@@ -26,6 +27,7 @@ CASES: dict[str, tuple[Any, float]] = {
     "sida": ({"name": "sida", "game": GATES}, 0.025),
     "uni_instruct": ({"name": "uni_instruct", "game": {"adversarial": {"after": 25_600}}}, 0.025),
 }
+CASES |= {f"uni_instruct, {f}": ({**CASES["uni_instruct"][0], "divergence": f}, 0.025) for f in UNI}
 
 
 @pytest.mark.parametrize("name", CASES)

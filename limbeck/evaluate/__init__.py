@@ -108,13 +108,13 @@ def measure(
 
 
 def measure_data(data: Data, judge: Judge, batch: int = 500) -> Scores:
-    """Score given samples (and their labels, if any), each once."""
-    tally = judge.tally()
+    """Score given samples (and their labels or contexts, if any), each once."""
+    tally, labels = judge.tally(), data.y if data.contexts is None else data.contexts
     rank, world = rank_and_world()
     blocks = torch.arange(len(data.x)).split(batch)
     share = slice(len(blocks) * rank // world, len(blocks) * (rank + 1) // world)
     for rows in blocks[share]:
-        tally.add(data.x[rows], None if data.y is None else data.y[rows])
+        tally.add(data.x[rows], None if labels is None else labels[rows])
     return combine(0, [judgement_of_all(judge, tally)])
 
 

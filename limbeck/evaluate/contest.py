@@ -25,7 +25,7 @@ from limbeck.device import CPU, from_cpu, home
 from limbeck.distributed import gather, rank_and_world
 from limbeck.evaluate import Judge, Scores, measure, measure_data
 from limbeck.evaluate.draws import Latents, generate, in_order, latents
-from limbeck.evaluate.judge import ExactJudge, ImageJudge, settle
+from limbeck.evaluate.judge import ExactJudge, ImageJudge
 from limbeck.evaluate.neighbours import nearest_neighbour_distance
 from limbeck.files import check_folder, write_atomically
 from limbeck.generator import Generator
@@ -128,13 +128,20 @@ def _model_of(source: str) -> str:
     return name if name and number.isdigit() else source
 
 
-def judge_of(law: str, settings: Evaluation, size: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Judge:
+def judge_of(
+    law: str,
+    settings: Evaluation,
+    size: int | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    place: torch.device = CPU,
+) -> Judge:
     """Who scores samples of `law` and of `shapes` by name.
 
     Raises:
         ValueError: if there is nothing to score against, or the samples do not fit it.
     """
-    judge = summary.judge_for(law, settings, teachers.load(law) if law.startswith("exact:") else None, size, shapes)
+    exact = teachers.load(law) if law.startswith("exact:") else None
+    judge = summary.judge_for(law, settings, exact, size, shapes, place)
     if judge is None:
         raise ValueError(f"reference: there is none for {law!r}; give --against NAME, or --features and a --reference")
     return judge
@@ -169,12 +176,11 @@ def contest(
     if teacher:
         contestants += _teachers(contestants, settings.teacher_steps, network, tell)
     law = against or law_of(sources[0])
-    judge = judge_of(law, settings, size, {who.name: who.shape for who in contestants})
+    judge = judge_of(law, settings, size, {who.name: who.shape for who in contestants}, place)
     for who in contestants:
         _check_given(who, judge)
         if who.model is not None:
             who.model.to(place)
-    settle(judge, place)
     rows: list[dict[str, Any]] = []
     for who in contestants:
         scores = _scores(who, judge, settings, out)

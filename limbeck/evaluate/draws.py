@@ -29,9 +29,10 @@ class Latents:
 
     def rows(self, classes: int, part: slice = slice(None)) -> Tensor | None:
         """Condition rows (n, classes), None without classes."""
-        if self.labels is None or self.labels.ndim == 2:
-            return None if self.labels is None else self.labels[part]
-        return one_hot(self.labels[part], classes)
+        if self.labels is None:
+            return None
+        own = self.labels[part]
+        return own if own.ndim == 2 else one_hot(own, classes)
 
 
 def latents(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from limbeck import artifact, data, features
 from limbeck.data import Data, open_npz
-from limbeck.device import home
+from limbeck.device import CPU, home
 from limbeck.evaluate.bootstrap import bootstrap
 from limbeck.evaluate.classify import c2st, class_accuracy
 from limbeck.evaluate.draws import quantize
@@ -510,7 +510,7 @@ class ExactJudge:
     `scale`, or else of the law's sigma_data, against as many fresh samples of the law.
 
     Samples of a policy are turned back by their contexts, and should be those of its mixture in every context:
-    distances are of points with their contexts, in units of sigma_data, as further coordinates.
+    distances are of points with their contexts, in the same units, as further coordinates. Contexts are uniform.
     """
 
     target: Exact
@@ -567,9 +567,10 @@ class ExactTally:
     def add(self, x: Tensor, labels: Tensor | None) -> None:
         x, target = x.double(), self.judge.target
         if isinstance(target, Policy):
-            contexts = torch.zeros(len(x), target.classes) if labels is None else labels
-            x = target.turned(x, contexts, -1)
-            self.contexts = torch.cat([self.contexts, contexts.double()])
+            if labels is None or labels.shape != (len(x), target.classes):
+                raise ValueError(f"contexts: samples of {self.judge.source} are scored with those they were drawn in")
+            x = target.turned(x, labels, -1)
+            self.contexts = torch.cat([self.contexts, labels.double()])
         self.rows = torch.cat([self.rows, x])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -583,10 +584,11 @@ class ExactTally:
     def judgement(self) -> Judgement:
         target, scale = unturned(self.judge.target), self.judge.target.sigma_data
         truth = target.sample(len(self.rows), stream(self.judge.seed, self.judge.name)).flatten(1).double()
-        points, flat = self.rows.flatten(1), self.rows.flatten(1)
-        if len(self.contexts):
-            flat, truth = (torch.cat([x, scale * self.contexts], 1) for x in (flat, truth))
-        gap = mmd2(flat, truth, self.judge.scale or scale)
+        points, flat, unit = self.rows.flatten(1), self.rows.flatten(1), self.judge.scale or scale
+        if self.judge.target.contexts:
+            others = torch.rand(self.contexts.shape, generator=stream(self.judge.seed, self.judge.name, "contexts"))
+            flat, truth = torch.cat([flat, unit * self.contexts], 1), torch.cat([truth, unit * others.double()], 1)
+        gap = mmd2(flat, truth, unit)
         told: Metrics = {"mmd": math.sqrt(max(gap, 0.0)), "mmd2": gap, "log_mmd2": math.log(max(gap, 1e-300))}
         told["sliced_wasserstein"] = sliced_wasserstein(flat, truth) / scale
         if min(len(flat), len(truth)) >= 100:
@@ -602,12 +604,6 @@ class ExactTally:
                 told["mode_spread"] = modes.spread
             told |= {f"share_{k}": float(share) for k, share in enumerate(modes.shares)}
         return Judgement(told, details=details)
-
-
-def settle(judge: Judge | None, device: torch.device) -> None:
-    """Bring a judge's feature network to a device."""
-    if isinstance(judge, ImageJudge):
-        judge.network.to(device)
 
 
 def unturned(law: Exact) -> Gaussian | Mixture | Empirical:
@@ -628,8 +624,11 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     return moments.mean, moments.cov
 
 
-def bundled_judge(name: str, quantized: bool) -> ImageJudge | None:
+def bundled_judge(name: str, quantized: bool, device: torch.device = CPU) -> ImageJudge | None:
     """The judge of a bundled data set, None if there is no reference of that name.
+
+    Args:
+        device: here as below, where the feature network computes.
 
     Raises:
         ValueError: if the reference was made with another feature network than the bundled one.
@@ -637,25 +636,27 @@ def bundled_judge(name: str, quantized: bool) -> ImageJudge | None:
     path = artifact.bundled(f"{name}-reference.npz")
     if not path.is_file():
         return None
-    return dataclasses.replace(read_judge(path, name, quantized), source=name)
+    return dataclasses.replace(read_judge(path, name, quantized, device), source=name)
 
 
-def measured_reference(samples: Data, network: str | nn.Module, quantized: bool = True) -> tuple[Reference, nn.Module]:
+def measured_reference(
+    samples: Data, network: str | nn.Module, quantized: bool = True, device: torch.device = CPU
+) -> tuple[Reference, nn.Module]:
     """The reference of a data set in a feature network, measured now, and the network.
 
     Raises:
         ValueError: naming both, if they do not fit; before anything is measured.
     """
-    module = features.load(network)
+    module = features.load(network).to(device)
     if quantized:
         data.check_range(samples)
     features.width(module, features.name(network), samples.name, samples.shape)
     return Reference.measure(samples, module, features.digest(network)), module
 
 
-def measured_judge(samples: Data, network: str | nn.Module, quantized: bool) -> ImageJudge:
+def measured_judge(samples: Data, network: str | nn.Module, quantized: bool, device: torch.device = CPU) -> ImageJudge:
     """The judge of a data set in a feature network, measured now."""
-    reference, module = measured_reference(samples, network, quantized)
+    reference, module = measured_reference(samples, network, quantized, device)
     is_fid = is_inception(network, reference)
     return ImageJudge(
         reference, module, samples.fingerprint(), quantized,
@@ -663,14 +664,14 @@ def measured_judge(samples: Data, network: str | nn.Module, quantized: bool) -> 
     )  # fmt: skip
 
 
-def read_judge(path: Path, network: str | nn.Module, quantized: bool) -> ImageJudge:
+def read_judge(path: Path, network: str | nn.Module, quantized: bool, device: torch.device = CPU) -> ImageJudge:
     """The judge of a reference file.
 
     Raises:
         ValueError: if the reference was made with another feature network, naming both.
     """
     reference = Reference.read(path)
-    module, digest = features.load(network), features.digest(network)
+    module, digest = features.load(network).to(device), features.digest(network)
     if reference.features and digest != reference.features:
         raise ValueError(
             f"{path}: made with the feature network {reference.features[:12]}, but {features.name(network)} is "

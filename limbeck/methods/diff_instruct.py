@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +110,12 @@ def _equal_dropout(*players: nn.Module) -> Iterator[None]:
     """Players in training mode, each of whose calls draws its dropout from the same state."""
     states: list[Tensor] = []
 
-    def rewind(*_: object) -> None:
+    def rewind(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # masks are drawn where the samples are
+        generator: Any = torch.cuda if inputs[0].is_cuda else torch
         if not states:
-            states.append(torch.get_rng_state())
-        torch.set_rng_state(states[0])
+            states.append(generator.get_rng_state())
+        generator.set_rng_state(states[0])
 
     hooks = [player.train().register_forward_pre_hook(rewind) for player in players]
     try:

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 from limbeck import features as feature_networks
 from limbeck.denoiser import Denoiser, expand
+from limbeck.device import on_cpu
 from limbeck.generator import Generator, Trajectory, path_point
 from limbeck.losses import absolute, pseudo_huber, squared
 from limbeck.noise import Karras
@@ -120,7 +121,8 @@ class PID:
             raise ValueError("generator: PID trains a whole path, so it needs a limbeck.generator.Trajectory")
         nets: dict[str, nn.Module] = {"generator": generator}
         if self.features is not None:
-            nets["features"] = feature_networks.load(self.features)
+            # a copy: the run moves it to its device
+            nets["features"] = on_cpu(copy.deepcopy(feature_networks.load(self.features)))
             try:
                 nets["features"](torch.zeros(1, *template.shape))
             except (ValueError, RuntimeError) as error:
