@@ -41,7 +41,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -439,7 +439,9 @@ def _over_seeds(
             for unit in ("images", "seconds"):
                 one[f"{unit} until"] = statistics.fmean(at[unit] for at in found_at) if found_at else None
                 one[f"{unit} until, spread"] = _spread([at[unit] for at in found_at])
-        one["power of images"] = power(next(iter(history(group, metric).values()), []))
+        fitted = fit(next(iter(history(group, metric).values()), []))
+        one["power of images"] = fitted and fitted.power
+        one["R² of a power"], one["R² of an exponential"] = fitted and fitted.as_power, fitted and fitted.as_exponential
         seconds = statistics.fmean(row["seconds"] for row in group)
         told.append(
             {**one, "images": first["images"], "seconds": seconds, "ms per step": 1000 * seconds / first["steps"]}
@@ -511,10 +513,31 @@ def history(rows: list[dict[str, Any]], metric: str, over: str = "images") -> di
     return series
 
 
-def power(points: Sequence[tuple[float, float]]) -> float | None:
-    """The exponent a of y ~ x^a, by least squares of ln y on ln x; None for less than three positive points."""
-    logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
-    return statistics.linear_regression(*zip(*logs, strict=True)).slope if len(logs) > 2 else None
+class Fit(NamedTuple):
+    """A power law y ~ factor x^power by least squares of ln y on ln x.
+
+    Attributes:
+        as_power: share of the variance of ln y that ln x explains, R².
+        as_exponential: what x itself would explain of it, for y ~ exp(a x).
+    """
+
+    power: float
+    factor: float
+    as_power: float
+    as_exponential: float
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
+    """How scores fall over images; None for less than three positive points."""
+    positive = [(x, y) for x, y in points if x > 0 and y > 0]
+    if len(positive) < 3:
+        return None
+    x, logs = [x for x, _ in positive], [math.log(y) for _, y in positive]
+    line = statistics.linear_regression([math.log(each) for each in x], logs)
+    if len(set(logs)) == 1:  # nothing is left to explain
+        return Fit(0.0, positive[0][1], 1.0, 1.0)
+    as_power, as_exponential = (statistics.correlation(each, logs) ** 2 for each in ([math.log(v) for v in x], x))
+    return Fit(line.slope, math.exp(line.intercept), as_power, as_exponential)
 
 
 def page(result: Mapping[str, Any]) -> str:

@@ -173,10 +173,15 @@ def test_better_than_perfect_is_flagged(tmp_path: Path, tiny: dict[str, Any]) ->
         assert ("better than perfect" in compare.page(told)) == bool(flagged)
 
 
-def test_the_power_of_images_is_that_of_a_power_law() -> None:
+def test_how_scores_fall_over_images() -> None:
+    """As a power, or as an exponential: each is told from the other."""
     points = [(float(x), 3 * x**-0.7) for x in (10, 200, 5000)]
-    assert compare.power(points) == pytest.approx(-0.7, abs=1e-12)
-    assert compare.power([*points, (1e6, 0.0)]) == pytest.approx(-0.7, abs=1e-12) and compare.power(points[:2]) is None
+    found = compare.fit(points)
+    assert found is not None and found == compare.fit([*points, (1e6, 0.0)]) and compare.fit(points[:2]) is None
+    assert found[:3] == pytest.approx((-0.7, 3, 1), abs=1e-12) and found.as_exponential < 0.8
+    other = compare.fit([(float(x), 3 * math.exp(-x / 2000)) for x in (10, 200, 5000)])
+    assert other is not None and other.as_exponential == pytest.approx(1, abs=1e-12) and other.as_power < 0.8
+    assert compare.fit([(1.0, 2.0), (2.0, 2.0), (3.0, 2.0)]) == (0.0, 2.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)

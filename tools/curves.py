@@ -15,13 +15,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from limbeck.compare import history
+from limbeck.compare import fit, history
 
 ROOT = Path(__file__).parent.parent
 
 
 def draw(name: str, *metrics: str) -> None:
-    """Means over seeds, two panels to a metric, with a line for the teacher or, where it is known, perfection."""
+    """Means over seeds, two panels to a metric, with a line for the teacher or, where it is known, perfection.
+
+    Thin lines are fitted powers of images.
+    """
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     metrics, rows = metrics or (result["metric"],), result["rows"]
     per_step = {row["images"] / row["steps"] for row in rows}
@@ -35,6 +38,11 @@ def draw(name: str, *metrics: str) -> None:
             for number, (label, points) in enumerate(history(rows, metric, over).items()):
                 style = ("-", "--")[number // 10 % 2]
                 panel.plot(*zip(*points, strict=True), style, color=f"C{number % 10}", linewidth=1.4, label=label)
+                fitted = fit(points) if level > 0 and panel is panels[0] else None
+                if fitted is not None:
+                    ends = [x for x, _ in (next(p for p in points if p[0] > 0), points[-1])]
+                    falling = [fitted.factor * x**fitted.power for x in ends]
+                    panel.plot(ends, falling, color=f"C{number % 10}", linewidth=0.6, alpha=0.6)
             panel.axhline(level, color="black", linewidth=1, linestyle=":")
             panel.set_xscale("log")
             if level > 0:

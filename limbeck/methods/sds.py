@@ -12,8 +12,8 @@ mean if it is high. This is what optimises images or scenes, not a generator of 
 switch                 default                                     what else
 =====================  ==========================================  ==================================================
 ``levels``             log-normal around 0.08                      DreamFusion: nearly all levels. On ``ring8`` the
-                                                                   default ends 0.04 from a mode, Diff-Instruct's
-                                                                   law and weight 1.0, halfway to the mean
+                                                                   default ends 0.02 from a mode, Diff-Instruct's
+                                                                   law and weight 1.04, halfway to the mean (LOG.md)
 ``weight``             ``dmd``: 1 / mean |x - D_real|              ``uniform``, Diff-Instruct's
 ``guidance``           1                                           DreamFusion: 100
 labels                 one point per class

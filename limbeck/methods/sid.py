@@ -17,8 +17,8 @@ switch                 default                                     what else
 =====================  ==========================================  ==================================================
 ``alpha``              1.0, biased, an exception to "correct by    0.5 is the one unbiased value; 1.2 is the paper's
                        default": the value of SiDA, SiD-LSG and    headline, and has a point of no return: in one
-                       few-step SiD. It trains better than 0.5     dimension at P = S alpha / (alpha - 1) the update
-                       and has no runaway                          turns outward
+                       few-step SiD, without a runaway             dimension at P = S alpha / (alpha - 1) the update
+                                                                   turns outward
 ``normalizer``         ``l1``: w = 1 / mean |x - D_real|, with     ``none``: w = 1, for which the identities are exact
                        no gradient
 ``loss_scale``         1; Adam's eps is the only thing that sees   the code: 100
@@ -30,9 +30,10 @@ augmentation           none                                        the code augm
 few steps              ``game.calls``: their number goes round     the code draws it at random
                        from 1 to K, a stratified draw
 guidance               ``game.guidance``, off                      SiD-LSG: k1 = k2 = k3 = k4 = 1.5 (long: k4 only)
-``levels``             log-normal, as the fake score's: 0.077      the paper: EDM's sampling levels up to quantile 0.8,
-                       against 0.085 on digits (fd_feature), and   ``levels = {stop = 0.8}``
-                       0.044 against 0.049 on ring8 (mmd)
+``levels``             log-normal, as the fake score's: in early   the paper: EDM's sampling levels up to quantile 0.8,
+                       runs of one seed (LOG.md) 0.077 against     ``levels = {stop = 0.8}``
+                       0.085 on digits (fd_feature), 0.044
+                       against 0.049 on ring8 (mmd)
 =====================  ==========================================  ==================================================
 """
 

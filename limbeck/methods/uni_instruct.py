@@ -27,7 +27,8 @@ ratio                  exp(logit) with its graph to x_sigma,       ``as_released
 ``game.adversarial``   the ratio alone, weight 0                   the code adds the generator's adversarial loss with
                                                                    the normaliser, as ``sida``; weights are relative to
                                                                    2 h times what it calls the score term
-Jeffreys               the sum of both KL divergences              the code: 0.4 forward and 0.6 reverse
+Jeffreys               the sum of both KL divergences, also with   the code: 0.4 forward and 0.6 reverse
+                       ``as_released``
 gate                   the critic counts after 100,000 images;     ``game.adversarial.after``; the code: 200,000
                        before, h(1) times the reverse KL
 ``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
