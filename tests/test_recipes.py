@@ -47,8 +47,8 @@ def of(name: str) -> config.Recipe:
     return config.resolve(config.read_toml(FOLDER / f"{name}.toml"), methods.METHODS)
 
 
-# alpha, batch, both rates, half precision, half-life of the average in 10^6 images, first beta of the generator, length in
-# 10^6 images: SiD's script; Uni-Instruct keeps batch, rate and precision
+# SiD's script: alpha, batch, both rates, half precision, half-life of the average in 10^6 images, first beta of the
+# generator, length in 10^6 images; Uni-Instruct keeps batch, rate and precision
 SID = {
     "cifar10": (1.2, 256, 1e-5, False, 0.5, 0.0, 500),
     "imagenet64": (1.2, 8192, 4e-6, True, 2.0, 0.0, 1000),

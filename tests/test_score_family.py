@@ -226,7 +226,7 @@ def test_a5_the_repeller_of_alpha_above_1(alpha: float, s: float) -> None:
     still = drift(f64([0.0, SD, edge]), s, alpha)
     assert still.abs().max() < 1e-13 * edge
     theta = f64([0.98 * edge, 1.02 * edge])
-    for _ in range(4000):
+    for _ in range(32_000):
         rate = drift(theta, s, alpha)
         # an Euler step that moves by 5 % at most
         theta = theta + rate * torch.minimum(f64(0.5), 0.05 * theta / rate.abs().clamp(min=1e-300))
@@ -849,7 +849,7 @@ def test_t2_coupled_dynamics() -> None:
     All four starts end at SD for Diff-Instruct and alpha <= 1; alpha = 1.2 runs away from 20, alpha = 2 from 2.5 too.
     """
     s = torch.logspace(math.log10(0.05), 1, 40, dtype=torch.float64)
-    starts, kf, kg = f64([0.1, 1.0, 2.5, 20.0]), 0.4, 0.08
+    starts, kf, kg = f64([0.1, 1.0, 2.5, 20.0]), 0.05, 0.01
     b = SD**2 / (SD**2 + s**2)
     for alpha, home in (
         (None, [True] * 4),
@@ -860,7 +860,7 @@ def test_t2_coupled_dynamics() -> None:
     ):
         theta = starts.clone().requires_grad_()
         a = (starts[:, None] ** 2) / (starts[:, None] ** 2 + s**2)  # (4, 40)
-        for _ in range(4000):
+        for _ in range(32_000):
             p = theta.detach()[:, None] ** 2 + s**2
             a = a + kf * (theta.detach()[:, None] ** 2 / p - a)
             residual = ((1 - b) ** 2 * theta.detach()[:, None] ** 2 + b**2 * s**2).sqrt()

@@ -26,7 +26,7 @@ switch                 default                                     what else
 dropout                generator's on in its turn, off elsewhere   as the code
 augmentation           none                                        the code augments the fake score's training samples
 ``nan``                ``stop``: the run stops, naming the sample  ``drop``: the code drops samples with NaN at an
-                                                                   unchanged divisor
+                                                                   unchanged divisor; here in the generator's turn
 few steps              ``game.calls``: their number goes round     the code draws it at random
                        from 1 to K, a stratified draw
 guidance               ``game.guidance``, off                      SiD-LSG: k1 = k2 = k3 = k4 = 1.5 (long: k4 only)
