@@ -18,30 +18,31 @@ from limbeck.folder import Stop, Tell
 from limbeck.generator import Generator
 from limbeck.objective import Pairs
 from limbeck.randomness import seed_of
-from limbeck.source import NoiseSource, Provider, RealSource, provider_of
+from limbeck.source import NoiseSource, Provider, RealSource, Recorded, provider_of
 from limbeck.stock import teacher_pairs
 from limbeck.students import trainer_of
 from limbeck.teaching import Imitation
 from limbeck.train import Trainer
 
 
-def provider_for(recipe: Recipe, teacher: Denoiser) -> Provider | None:
+def provider_for(recipe: Recipe, teacher: Denoiser) -> Provider | Recorded | None:
     """Real samples for a critic; None if they are to be drawn from the teacher's sampler.
 
     Raises:
         ValueError: if the data do not fit.
     """
     if recipe.real.source.startswith("teacher:"):
-        if teacher.contexts:  # labels are balanced and looked up, points of [0, 1]^classes cannot be
-            raise ValueError("real.source: samples kept of a teacher do not go with contexts; leave real.source out")
         return None
     if recipe.real.source == "auto" and (provider := exact_provider(teacher)):
         return provider
-    if teacher.contexts:
-        raise ValueError("real.source: data have no contexts; critics of policies read samples of exact laws only")
     samples = data.load(recipe.real.data or recipe.teacher or "", recipe.size)
     if samples.shape != teacher.shape:
         raise ValueError(f"real.data: samples have shape {samples.shape}, the teacher's {teacher.shape}")
+    if teacher.contexts:
+        width = 0 if samples.contexts is None else samples.contexts.shape[1]
+        if samples.contexts is None or width != teacher.classes:
+            raise ValueError(f"real.data: has {width} numbers a context (y), the teacher {teacher.classes}")
+        return Recorded(samples.x, samples.contexts)
     return provider_of(samples.x, samples.y)
 
 
@@ -63,7 +64,7 @@ class Preparation:
     template: Denoiser
     generator: Generator | None  # with which the student starts, if it is no copy of the template
     noise: NoiseSource
-    provider: Provider | None
+    provider: Provider | Recorded | None
 
     def __call__(self, job: loop.Job, stop: Stop, tell: Tell) -> tuple[loop.Job, float]:
         """The job with its real samples, pairs and a trainer whose players know the teacher; and the seconds spent."""
@@ -75,23 +76,11 @@ class Preparation:
         if provider is not None or pairs is not None:
             job = replace(job, source=RealSource(self.noise, provider, pairs))
         seconds = time.perf_counter() - began
-        if job.trainer.step == 0 and self._warms(job.recipe):
+        fresh = self.template is not self.teacher and job.trainer.step == 0
+        if fresh and job.recipe.warm_start and getattr(method, "warm_start", False):
             trainer, spent = self._warm_start(job, stop, tell)
             return replace(job, trainer=trainer), seconds + spent
         return job, seconds
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise ValueError if there are no samples on which the student's network could learn to imitate the teacher.
-
-        Those of an exact law have contexts; those that are kept have none.
-        """
-        if self._warms(recipe) and self.teacher.contexts and exact_provider(self.teacher) is None:
-            raise ValueError("warm_start: teachers of contexts that are no exact laws need warm_start = 0")
-
-    def _warms(self, recipe: Recipe) -> bool:
-        """Is the student's network to learn to imitate the teacher first?"""
-        asked = recipe.warm_start > 0 and getattr(recipe.method, "warm_start", False)
-        return asked and self.template is not self.teacher
 
     def _warm_start(self, job: loop.Job, stop: Stop, tell: Tell) -> tuple[Trainer, float]:
         """A trainer whose players are copies of a template that imitates the teacher: all these methods start there."""
@@ -121,10 +110,12 @@ class Preparation:
             shutil.rmtree(warm.out)
         return trainer, seconds
 
-    def _teacher_provider(self, job: loop.Job, count: int, tell: Tell) -> Provider:
+    def _teacher_provider(self, job: loop.Job, count: int, tell: Tell) -> Provider | Recorded:
         pairs = self._pairs(job, count, tell)
         if pairs.cond is None:
             return provider_of(pairs.x, None)
+        if self.teacher.contexts:
+            return Recorded(pairs.x, pairs.cond)
         missing = torch.nonzero(pairs.cond.sum(0) == 0)[:, 0].tolist()
         if missing:
             raise ValueError(f"real.source: teacher:{count} holds no sample of class {missing[0]}; ask for more")

@@ -123,7 +123,6 @@ def distillation(
     )  # fmt: skip
     provider = provider_for(recipe, teacher) if recipe.method.needs_real else None
     prepare = Preparation(teacher, template, start, noise, provider)
-    prepare.check(recipe)
     job = Job(
         recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network,
         given="" if given is None else artifact.fingerprint(given),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,26 +110,39 @@ class DataSource:
 Provider = Callable[[int, torch.Generator, Tensor | None], Tensor]
 
 
+class Recorded(NamedTuple):
+    """Real samples x (N, *shape), and the contexts in which they were drawn (N, classes)."""
+
+    x: Tensor
+    contexts: Tensor
+
+
 @dataclass(frozen=True)
 class RealSource:
     """A `NoiseSource` whose batches also carry real samples of the same labels, for critics, or pairs.
 
     `provider(n, rng, labels)` draws n real samples, (n, *shape), of classes `labels` (n,) if there are any, or in
-    contexts `labels` (n, classes).
+    contexts `labels` (n, classes). Samples that are `Recorded` bring their contexts, which the batch then has.
     """
 
     noise: NoiseSource
-    provider: Provider | None = None
+    provider: Provider | Recorded | None = None
     pairs: Pairs | None = None
 
     def __call__(self, step: int, turn: int) -> Iterator[Batch]:
         rng = stream(self.noise.seed, "batch", step, turn)
         batch, n = self.noise.draw(rng), self.noise.batch
         if self.provider is not None:
-            labels = batch.cond if batch.cond is None or self.noise.contexts else batch.cond.argmax(1)
-            real = self.provider(n, rng, labels).to(self.noise.dtype)
+            cond = batch.cond
+            if isinstance(self.provider, Recorded):
+                rows = torch.randint(len(self.provider.x), (n,), generator=rng)
+                if self.noise.antithetic:
+                    rows[-(n // 2) :] = rows[: n // 2]
+                real, cond = self.provider.x[rows], self.provider.contexts[rows].to(self.noise.dtype)
+            else:
+                real = self.provider(n, rng, cond if cond is None or self.noise.contexts else cond.argmax(1))
             direction = torch.randn(n, *self.noise.shape, generator=rng, dtype=self.noise.dtype)
-            batch = replace(batch, real=real, direction=direction)
+            batch = replace(batch, real=real.to(self.noise.dtype), direction=direction, cond=cond)
         if self.pairs is not None:
             batch = replace(batch, pairs=self.pairs.rows(torch.randint(len(self.pairs.z), (n,), generator=rng)))
         yield from self.noise.cut(batch)

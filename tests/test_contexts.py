@@ -24,6 +24,7 @@ from limbeck.export import export
 from limbeck.generator import Direct, FewStep, Generator, OneStep, Trajectory
 from limbeck.networks import MLP
 from limbeck.noise import Karras
+from limbeck.source import NoiseSource, RealSource, Recorded
 from limbeck.students import student_template
 from limbeck.summary import sampler_of
 
@@ -196,15 +197,48 @@ def test_every_method_plays_on_a_policy(method: str, tmp_path: Path, tiny: dict[
 def test_who_has_no_contexts_says_so(tmp_path: Path, tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^teacher: sds has a point for each class, and none for contexts"):
         limbeck.distill("exact:policy4", "sds", out=tmp_path / "sds", **QUIET)
-    # a student of another network learns from samples of the teacher's, which are kept by class
-    with pytest.raises(ValueError, match=r"^warm_start: teachers of contexts .* need warm_start = 0"):
-        limbeck.distill(Opaque(), "sid", out=tmp_path / "run", **QUIET, **tiny)
     assert not list(tmp_path.iterdir())
-    limbeck.distill(Opaque(), "sid", out=tmp_path / "run", **QUIET, **{**tiny, "warm_start": 0})
+    limbeck.distill("exact:policy4", "sid", out=tmp_path / "run", **QUIET, **{**tiny, "warm_start": 0})
     for form in ("web", "diffusers"):
         with pytest.raises(ValueError, match=f"^to: {form} asks for classes, and this generator has contexts"):
             export(tmp_path / "run", form, tmp_path / "deep" / form)  # type: ignore[arg-type]
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_policy_of_which_only_the_denoiser_is_known(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """VDD reads recorded pairs of context and action, from the teacher's own sampler or from a file; a student of another
+    network learns from the teacher's.
+    """
+    keys: dict[str, Any] = {"steps": 250, "batch": 128, "every": {"sample": 0}, "evaluate": {"data": "exact:policy4"}}
+    rng = torch.Generator().manual_seed(0)
+    contexts = torch.rand(3000, 1, generator=rng)
+    np.savez(tmp_path / "acts.npz", x=policy().sample(3000, rng, contexts).numpy(), y=contexts.numpy())
+    for name, real in (
+        ("own", {"source": "teacher:3000"}),
+        ("file", {"source": "data", "data": str(tmp_path / "acts.npz")}),
+    ):
+        told = limbeck.distill(Opaque(), "vdd", out=tmp_path / name, real=real, **QUIET, **keys)
+        assert told["student"]["metrics"]["log_density"] == pytest.approx(LOG_DENSITY, abs=0.25)
+        assert told["student"]["metrics"]["mmd"] < 0.1
+    limbeck.distill(Opaque(), "sid", out=tmp_path / "sid", **QUIET, **{**tiny, "steps": 2, "warm_start": 2})
+    np.savez(tmp_path / "bare.npz", x=np.zeros((9, 2)))
+    with pytest.raises(ValueError, match=r"^real.data: has 0 numbers a context \(y\), the teacher 1"):
+        limbeck.distill(
+            Opaque(), "vdd", out=tmp_path / "bare", real={"source": "data", "data": str(tmp_path / "bare.npz")}
+        )
+    assert not (tmp_path / "bare").exists()
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_recorded_samples_bring_their_contexts(antithetic: bool) -> None:
+    contexts = torch.linspace(0, 1, 50)[:, None]
+    noise = NoiseSource((2,), (2,), 11, 0, 1, contexts=True, antithetic=antithetic, micro_batches=3)
+    parts = list(RealSource(noise, Recorded(contexts.expand(50, 2), contexts))(0, 0))
+    real, cond = (torch.cat([getattr(part, name) for part in parts]) for name in ("real", "cond"))
+    assert torch.equal(real, cond.expand(11, 2)) and cond.unique().numel() >= (4 if antithetic else 8)
+    z = torch.cat([part.z for part in parts])
+    if antithetic:
+        assert torch.equal(cond[6:], cond[:5]) and torch.equal(z[6:], -z[:5])
 
 
 def test_pairs_that_are_kept_have_the_contexts_of_their_samples(tmp_path: Path) -> None:

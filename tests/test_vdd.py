@@ -315,12 +315,6 @@ def test_divergences_by_quadrature() -> None:
             kullback_leibler(a.log_prob, b.log_prob, reach, points)
 
 
-def test_kept_teacher_samples_do_not_go_with_contexts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^real.source: .* contexts; leave real.source out"):
-        limbeck.distill("exact:policy4", "vdd", out=tmp_path / "run", real={"source": "teacher:50"})
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("name", ["exact:mixture8", "exact:policy4"])
 def test_runs(name: str, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"every": {"sample": 2}, "evaluate": {"samples": 100, "teacher_steps": 3}}
