@@ -206,9 +206,7 @@ def test_who_has_no_contexts_says_so(tmp_path: Path, tiny: dict[str, Any]) -> No
 
 
 def test_a_policy_of_which_only_the_denoiser_is_known(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """VDD reads recorded pairs of context and action, from the teacher's own sampler or from a file; a student of another
-    network learns from the teacher's.
-    """
+    """VDD reads contexts with their samples, of the teacher's own sampler or of a file; warm starts take the former."""
     keys: dict[str, Any] = {"steps": 250, "batch": 128, "every": {"sample": 0}, "evaluate": {"data": "exact:policy4"}}
     rng = torch.Generator().manual_seed(0)
     contexts = torch.rand(3000, 1, generator=rng)
