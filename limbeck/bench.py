@@ -282,6 +282,9 @@ def bench(
         keep, and all that a step allocates at once; and for two settings the ratios of their times, pair by pair.
     """
     sides = {name: prepared(recipe, teacher, network) for name, recipe in recipes.items()}
+    place, *others = {trainer.device for trainer, _ in sides.values()}
+    if others:
+        raise ValueError("device: both settings must compute on one, or their times have no ratio")
     told: dict[str, dict[str, Any]] = {}
     for name, (trainer, source) in sides.items():  # also the warm-up
         trainer.images = first
@@ -296,9 +299,6 @@ def bench(
         }
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     around: dict[str, list[float]] = {name: [] for name in sides}
-    place, *others = {trainer.device for trainer, _ in sides.values()}
-    if others:
-        raise ValueError("device: both settings must compute on one, or their times have no ratio")
     peaks = [matmul_peak(device=place)]
     for number in range(repeats):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]

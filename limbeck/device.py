@@ -33,6 +33,8 @@ def chosen(name: str) -> torch.device:
         if device.type == "cpu":
             return CPU
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("torch finds no GPU")
             if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
                 raise ValueError("each process takes a GPU of its own: say cuda, without a number")
             device = torch.device("cuda", own_gpu() if device.index is None else device.index)

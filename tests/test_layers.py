@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "schedule": (),
     "randomness": (),
     "optimizer": (),
-    "distributed": (),
+    "device": (),
+    "distributed": ("device",),
     "ema": ("distributed",),
     "files": (),
     "denoiser": ("schedule",),
@@ -25,10 +26,20 @@ MAY_IMPORT = {
     "exact": ("denoiser",),
     "generator": ("denoiser", "noise"),
     "objective": ("denoiser", "generator", "optimizer"),
-    "source": ("distributed", "objective", "randomness"),
+    "source": ("device", "distributed", "objective", "randomness"),
     "networks": ("networks",),
     "passes": ("denoiser",),
-    "train": ("denoiser", "distributed", "ema", "generator", "objective", "optimizer", "passes", "randomness"),
+    "train": (
+        "denoiser",
+        "device",
+        "distributed",
+        "ema",
+        "generator",
+        "objective",
+        "optimizer",
+        "passes",
+        "randomness",
+    ),
 }
 # what the shells around the mathematics are: no method may know of them
 SHELL = (
