@@ -328,15 +328,15 @@ def _preconditioned(card: Mapping[str, Any], own: type[nn.Module] | None) -> Den
 
 
 def _generator(card: Mapping[str, Any], own: type[nn.Module] | None) -> Generator:
+    contexts = bool(card.get("contexts", False))
     if card["generator"] == "dirac":
         return Dirac(card["shape"], card["classes"], card["scale"])
     if card["generator"] == "given":
         network = networks.build(card["network"], card["arguments"], own, networks.DECODERS)
-        of = bool(card.get("contexts", False))
-        return Given(network, card["latent_shape"], card["shape"], card["classes"], card["arguments"], of)
+        return Given(network, card["latent_shape"], card["shape"], card["classes"], card["arguments"], contexts)
     if card["generator"] == "experts":
         sizes = (card["classes"], card["experts"], card["width"], card["scale"])
-        return Experts(tuple(card["shape"]), *sizes, bool(card.get("contexts", False)))
+        return Experts(tuple(card["shape"]), *sizes, contexts)
     denoiser = _denoiser(card["denoiser"], own)
     match card["generator"]:
         case "one_step":

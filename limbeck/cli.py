@@ -110,10 +110,11 @@ def _command(arguments: list[str]) -> int:
         return _fail(error, 1)
     except Exception as error:  # folder.Stopped, without importing torch here
         code = getattr(error, "code", None)
-        text = str(error).lower()
-        full = "allocate memory" in text or "out of memory" in text  # torch's forms of a MemoryError
-        if isinstance(error, RuntimeError) and full:
-            return _fail("out of memory; ask for less at once (batch, count, samples, template)", 1)
+        if isinstance(error, RuntimeError):
+            from limbeck.device import is_out_of_memory
+
+            if is_out_of_memory(error):
+                return _fail("out of memory; ask for less at once (batch, count, samples, template)", 1)
         if not isinstance(code, int):
             raise
         return _fail(error, code)
@@ -225,7 +226,9 @@ class SampleOptions:
     @property
     def contexts(self) -> tuple[float, ...]:
         """The context's numbers; () = none is asked for."""
-        return self.context if isinstance(self.context, tuple) else () if self.context is None else (self.context,)
+        if self.context is None:
+            return ()
+        return self.context if isinstance(self.context, tuple) else (self.context,)
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def _euler_scores(recipe: Recipe, judge: Judge) -> dict[str, float]:
     levels = recipe.method.levels.scaled(teacher.unit).grid(recipe.method.N)[:-1]
     settings = recipe.evaluate
     return measure(
-        device.from_cpu(_EulerSampler(teacher, levels), device.home(teacher)),
+        device.from_cpu(_EulerSampler(teacher, levels), teacher),
         len(levels) - 1,
         judge,
         teacher.shape,
@@ -532,11 +532,11 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
     positive = [(x, y) for x, y in points if x > 0 and y > 0]
     if len(positive) < 3:
         return None
-    x, logs = [x for x, _ in positive], [math.log(y) for _, y in positive]
-    line = statistics.linear_regression([math.log(each) for each in x], logs)
-    if len(set(logs)) == 1:  # nothing is left to explain
+    x, log_x, log_y = zip(*((x, math.log(x), math.log(y)) for x, y in positive), strict=True)
+    if len(set(log_y)) == 1:  # nothing is left to explain
         return Fit(0.0, positive[0][1], 1.0, 1.0)
-    as_power, as_exponential = (statistics.correlation(each, logs) ** 2 for each in ([math.log(v) for v in x], x))
+    line = statistics.linear_regression(log_x, log_y)
+    as_power, as_exponential = (statistics.correlation(each, log_y) ** 2 for each in (log_x, x))
     return Fit(line.slope, math.exp(line.intercept), as_power, as_exponential)
 
 

@@ -67,13 +67,20 @@ def home(module: nn.Module) -> torch.device:
     return CPU
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Is this torch's form of a MemoryError?"""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
+
+
 def on_cpu(module: M) -> M:
     """The module if it is on the CPU, else a copy there."""
     return module if home(module) == CPU else copy.deepcopy(module).to(CPU)
 
 
-def from_cpu(call: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """A call of networks on a device, for tensors on the CPU, and with its result there."""
+def from_cpu(call: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
+    """A call of the networks of `module`, wherever they are, for tensors on the CPU, and with its result there."""
+    device = home(module)
     if device == CPU:
         return call
 

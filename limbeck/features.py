@@ -236,5 +236,5 @@ def width(network: nn.Module, called: str, who: str, shape: tuple[int, ...]) -> 
 @torch.no_grad()
 def in_batches(function: Any, x: Tensor, size: int = 1000) -> Tensor:
     """function(x) computed `size` rows at a time, where the network is; rows on the CPU."""
-    call = from_cpu(function, home(getattr(function, "__self__", function)))
+    call = from_cpu(function, getattr(function, "__self__", function))
     return torch.cat([call(part) for part in x.split(size)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,11 +28,11 @@ class Pairs(NamedTuple):
 
     def rows(self, index: Tensor | slice) -> Pairs:
         """Some of the pairs."""
-        return Pairs(self.z[index], self.x[index], None if self.cond is None else self.cond[index])
+        return self.mapped(itemgetter(index))
 
-    def to(self, device: torch.device) -> Pairs:
-        """The pairs on a device."""
-        return Pairs(self.z.to(device), self.x.to(device), None if self.cond is None else self.cond.to(device))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Pairs:
+        """The pairs with every tensor changed."""
+        return Pairs(change(self.z), change(self.x), None if self.cond is None else change(self.cond))
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ class Batch:
     pairs: Pairs | None = None
     total: int | None = None
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed, those of its pairs too."""
+        tensors: dict[str, Any] = {
+            f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **tensors, pairs=None if self.pairs is None else self.pairs.mapped(change))
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        moved: dict[str, Any] = {
-            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved, pairs=None if self.pairs is None else self.pairs.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
 
 
 Loss = Callable[[nn.ModuleDict, Denoiser, Batch], Tensor]

@@ -15,6 +15,7 @@ import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from limbeck.device import CPU
+from limbeck.device import CPU, is_out_of_memory
 from limbeck.distributed import local
 from limbeck.objective import Batch, Loss, Pairs
 from limbeck.train import Source, Trainer
@@ -167,10 +168,7 @@ def _complete(batch: Batch, pairs: bool) -> Batch:
 def _rows(batch: Batch, n: int) -> Batch:
     """The first `n` samples of a batch, over again if it has fewer."""
     rows = torch.arange(n) % len(batch.z)
-    tensors: dict[str, Any] = {
-        f.name: v[rows] for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)
-    }
-    return dataclasses.replace(batch, **tensors, pairs=None if batch.pairs is None else batch.pairs.rows(rows))
+    return batch.mapped(itemgetter(rows))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -247,8 +245,7 @@ def explained(needs: Needs | None, batch: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "allocate memory" not in text and "out of memory" not in text:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         free = None if needs is None else free_memory(needs.device)
         advice = "raise micro_batches" if needs is None or free is None else needs.advice(batch, free)

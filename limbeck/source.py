@@ -7,7 +7,8 @@ micro-batches, of which each process of several takes its share: any number of e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -81,9 +82,7 @@ class NoiseSource:
         (rank, world), parts = rank_and_world(), self.micro_batches
         for rows in torch.arange(len(batch.z)).tensor_split(parts * world)[rank * parts : (rank + 1) * parts]:
             one = slice(int(rows[0]), int(rows[-1]) + 1)
-            tensors = {f.name: v[one] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
-            pairs = None if batch.pairs is None else batch.pairs.rows(one)
-            share = Batch(**tensors, pairs=pairs, total=len(batch.z))
+            share = replace(batch.mapped(itemgetter(one)), total=len(batch.z))
             yield share if self.device == CPU else share.to(self.device)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from limbeck.denoiser import Denoiser
-from limbeck.device import from_cpu, home, on_cpu
+from limbeck.device import from_cpu, on_cpu
 from limbeck.generator import Generator
 from limbeck.sample import heun
 
@@ -38,7 +38,7 @@ def measure(generator: Generator, teacher: Denoiser, steps: int, onnx: bool) -> 
         steps: of the teacher's Heun sampler, 2 * steps - 1 calls.
         onnx: also in ONNX Runtime, if it is installed and can run the generator; exporting takes seconds.
     """
-    call = from_cpu(generator, home(generator))
+    call = from_cpu(generator, generator)
     with torch.no_grad():
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
@@ -57,9 +57,9 @@ def makers_of(generator: Generator, teacher: Denoiser, steps: int = 18, timed: i
     """The generator's calls beside the teacher's 2 * steps - 1 (Heun), of which 2 * timed - 1 are made."""
     calls, made = 2 * steps - 1, 2 * timed - 1
     return {
-        "student": Maker(from_cpu(generator, home(generator)), generator.latent_shape),
+        "student": Maker(from_cpu(generator, generator), generator.latent_shape),
         f"teacher, {calls} NFE": Maker(
-            from_cpu(lambda z: heun(teacher, z, timed), home(teacher)), teacher.shape, calls / made
+            from_cpu(lambda z: heun(teacher, z, timed), teacher), teacher.shape, calls / made
         ),
     }
 

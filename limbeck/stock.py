@@ -15,7 +15,7 @@ import torch
 
 from limbeck import artifact
 from limbeck.denoiser import Denoiser
-from limbeck.device import from_cpu, home
+from limbeck.device import from_cpu
 from limbeck.distributed import rank_and_world, wait_for_all
 from limbeck.evaluate.draws import latents
 from limbeck.files import write_atomically
@@ -35,7 +35,7 @@ def teacher_pairs(
         folder: where parts are read from, or else written to.
         drawn: is told how many pairs there are after every part; what it raises stops the work between two parts.
     """
-    key = seed_of(artifact.fingerprint(teacher), seed, steps, *(["one context each"] if teacher.contexts else []))
+    key = seed_of(artifact.fingerprint(teacher), seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
 
     def part(start: int) -> Pairs:
@@ -45,7 +45,7 @@ def teacher_pairs(
         x = _read(path)
         if x is None or x.shape != asked.z.shape:
             with torch.no_grad():
-                x = from_cpu(lambda z, cond: heun(teacher, z, steps, cond=cond), home(teacher))(asked.z, cond)
+                x = from_cpu(lambda z, cond: heun(teacher, z, steps, cond=cond), teacher)(asked.z, cond)
             write_atomically(path, safetensors.torch.save({"x": x}, {"sha256": _hash(x)}))
         drawn(min(count, start + PART))
         return Pairs(asked.z, x, cond)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from limbeck import artifact, config, data, features, report, speed, teachers
 from limbeck.config import Evaluation, Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.device import CPU, from_cpu, home
+from limbeck.device import CPU, from_cpu
 from limbeck.distributed import rank_and_world
 from limbeck.evaluate import VALIDATION, ExactJudge, Judge, Scores, measure
-from limbeck.evaluate.draws import Sampler, generate, in_order, latents
+from limbeck.evaluate.draws import Sampler, for_the_eye, generate, in_order, latents
 from limbeck.evaluate.judge import bundled_judge, measured_judge, read_judge
 from limbeck.exact import Exact
 from limbeck.features import Classifier
@@ -104,13 +104,13 @@ def sampler_of(model: nn.Module, teacher_steps: int) -> tuple[Sampler, int, tupl
         ValueError: for a model that draws no samples.
     """
     if isinstance(model, Generator):
-        return from_cpu(model, home(model)), model.nfe, model.latent_shape, model.classes, model.contexts
+        return from_cpu(model, model), model.nfe, model.latent_shape, model.classes, model.contexts
     if isinstance(model, Denoiser):
 
         def sample(z: Tensor, cond: Tensor | None) -> Tensor:
             return heun(model, z, teacher_steps, cond=cond)
 
-        return from_cpu(sample, home(model)), 2 * teacher_steps - 1, model.shape, model.classes, model.contexts
+        return from_cpu(sample, model), 2 * teacher_steps - 1, model.shape, model.classes, model.contexts
     raise ValueError(f"{type(model).__name__}: draws no samples")
 
 
@@ -277,13 +277,10 @@ def figures(job: Job, model: nn.Module) -> list[Panel]:
     plane = len(teacher.shape) == 1 and teacher.shape[0] == 2
     clouds: dict[str, list[list[float]]] = {}
     if plane and isinstance(teacher, Exact):
-        cond = in_order(2000, teacher.classes, True) if teacher.contexts else None
-        clouds["Target"] = teacher.sample(2000, torch.Generator().manual_seed(0), cond).tolist()
+        clouds["Target"] = cloud(teacher)
     for name, maker in makers.items():
         sampler, nfe, shape, classes, contexts = sampler_of(maker, settings.teacher_steps)
-        drawn = latents(settings.seed, range(2000 if plane else 100), shape, classes)
-        if classes:
-            drawn = dataclasses.replace(drawn, labels=in_order(len(drawn.z), classes, contexts))
+        drawn = for_the_eye(settings.seed, 2000 if plane else 100, shape, classes, contexts)
         x = generate(sampler, drawn, classes)
         calls = f"{nfe} network call{'s' if nfe > 1 else ''} per sample"
         if plane:
@@ -302,6 +299,13 @@ def figures(job: Job, model: nn.Module) -> list[Panel]:
     return panels
 
 
+def cloud(law: Exact) -> list[list[float]]:
+    """Exact samples for the eye, of a policy in contexts in order."""
+    labels = in_order(2000, law.classes, law.contexts)
+    points: list[list[float]] = law.sample(2000, torch.Generator().manual_seed(0), labels).tolist()
+    return points
+
+
 def _real(recipe: Recipe) -> Panel:
     """Images of the data set, if its name is that of the teacher and it is on this machine."""
     try:
@@ -318,10 +322,9 @@ def paths(student: Trajectory, teacher: Denoiser, seed: int) -> list[Panel]:
     """The student's path x(z, t) beside the teacher's ODE from the same z, scaled to unit variance."""
     levels = student.levels.grid(25)[:-1]
     drawn = latents(seed, range(6), student.latent_shape, 0)
-    place = home(student)
     with torch.no_grad():
-        learned = from_cpu(student.trajectory, place)(drawn.z, levels.to(drawn.z.dtype))
-        solved = from_cpu(lambda z: heun(teacher, z, sigmas=levels, path=True), place)(drawn.z)
+        learned = from_cpu(student.trajectory, student)(drawn.z, levels.to(drawn.z.dtype))
+        solved = from_cpu(lambda z: heun(teacher, z, sigmas=levels, path=True), teacher)(drawn.z)
     shrink = torch.sqrt(teacher.sigma_data**2 + levels**2).reshape(-1, *(1,) * drawn.z.ndim)
     learned, solved = ((path.double() / shrink).float() for path in (learned, solved))
     text = "Each point is divided by sqrt(sigma_data^2 + sigma^2), so that noise and data have one scale."

@@ -354,11 +354,6 @@ def _moments(player: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, d
     return {name: dict(optimizer.state[p]) for name, p in player.named_parameters() if p in optimizer.state}
 
 
-def _beside(weight: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value` where the weight is."""
-    return value.to(local(weight).device, copy=True)
-
-
 def _restore(
     player: str, module: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
@@ -367,9 +362,8 @@ def _restore(
         raise ValueError(f"the optimiser state of {player} does not fit its parameters")
     optimizer.state.clear()
     for name, values in moments.items():  # none before the player's first turn
-        weight = parameters[name]
-        # a number of steps stays on the CPU, but for the updates that are fused
-        optimizer.state[weight] = {
-            key: value.clone() if value.ndim == 0 and not optimizer.defaults.get("fused") else _beside(weight, value)
-            for key, value in values.items()
+        # a number of steps stays where it is, but for the updates that are fused
+        beside, fused = local(parameters[name]).device, optimizer.defaults.get("fused")
+        optimizer.state[parameters[name]] = {
+            key: value.to(beside if value.ndim or fused else value.device, copy=True) for key, value in values.items()
         }

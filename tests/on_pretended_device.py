@@ -144,17 +144,7 @@ def test_samples_and_scores_on_the_command_line(tmp_path: Path, capsys: pytest.C
         assert cli.main(["sample", "digits", "--steps", "2", "--count", "9", "--device", place, "--out", str(out)]) == 0
         with np.load(out) as file:
             drawn.append({name: file[name] for name in file.files})
-        asked = [
-            "--samples",
-            "200",
-            "--teacher_steps",
-            "2",
-            "--out",
-            str(tmp_path / place),
-            "--device",
-            place,
-            "--json",
-        ]
+        asked = f"--samples 200 --teacher_steps 2 --out {tmp_path / place} --device {place} --json".split()
         capsys.readouterr()
         assert cli.main(["evaluate", "digits", *asked]) == 0
         scored.append(json.loads(capsys.readouterr().out)["rows"][0]["metrics"])

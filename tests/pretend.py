@@ -93,6 +93,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def outer(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return shells.get(id(value)) if id(value) in shells else There(value) if there else value
+        if id(value) in shells:  # an operation in place
+            return shells[id(value)]
+        return There(value) if there else value
 
     return tree_map(outer, result)

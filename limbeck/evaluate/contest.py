@@ -21,10 +21,10 @@ from limbeck import artifact, config, data, features, refine, report, summary, t
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser
-from limbeck.device import CPU, from_cpu, home
+from limbeck.device import CPU, from_cpu
 from limbeck.distributed import gather, rank_and_world
 from limbeck.evaluate import Judge, Scores, measure, measure_data
-from limbeck.evaluate.draws import Latents, generate, in_order, latents
+from limbeck.evaluate.draws import for_the_eye, generate
 from limbeck.evaluate.judge import ExactJudge, ImageJudge
 from limbeck.evaluate.neighbours import nearest_neighbour_distance
 from limbeck.files import check_folder, write_atomically
@@ -361,8 +361,7 @@ def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluat
     panels: list[Panel] = []
     clouds: dict[str, list[list[float]]] = {}
     if isinstance(judge, ExactJudge) and tuple(judge.target.shape) == (2,):
-        contexts = in_order(2000, judge.target.classes, True) if judge.target.contexts else None
-        clouds["Target"] = judge.target.sample(2000, torch.Generator().manual_seed(0), contexts).tolist()
+        clouds["Target"] = summary.cloud(judge.target)
     for who in contestants:
         x, text = _some(who, settings.seed, 2000 if clouds else 100)
         if clouds:
@@ -380,9 +379,7 @@ def _some(who: Contestant, seed: int, count: int) -> tuple[Tensor, str]:
         return who.samples.x[:count], "The first of the given samples."
     assert who.model is not None
     sampler, nfe, shape, classes, contexts = summary.sampler_of(who.model, who.steps)
-    drawn = latents(seed, range(count), shape, classes)
-    if classes:
-        drawn = Latents(drawn.z, in_order(count, classes, contexts))
+    drawn = for_the_eye(seed, count, shape, classes, contexts)
     text = f"{nfe} network call{'s' if nfe > 1 else ''} per sample, equal noise for all models."
     return generate(sampler, drawn, classes), text
 
@@ -467,7 +464,7 @@ def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluat
 
 def _level_loss(denoiser: Denoiser, x: Tensor, eps: Tensor, level: Tensor, cond: Tensor | None) -> float:
     sigma = level.expand(len(x))
-    estimate = from_cpu(denoiser, home(denoiser))(perturb(x, sigma, eps), sigma, cond)
+    estimate = from_cpu(denoiser, denoiser)(perturb(x, sigma, eps), sigma, cond)
     return float(denoising(estimate, x, sigma, denoiser.sigma_data).mean())
 
 

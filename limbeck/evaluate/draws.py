@@ -51,10 +51,17 @@ def latents(
     return Latents(z, labels if classes else None)
 
 
-def in_order(count: int, classes: int, contexts: bool = False) -> Tensor:
+def in_order(count: int, classes: int, contexts: bool = False) -> Tensor | None:
     """Labels of `count` samples for the eye: ten of each class, or of each of ten contexts from 0 to 1, in turn."""
     tens = torch.arange(count) // 10
-    return (tens % 10 / 9)[:, None].expand(count, classes) if contexts else tens % classes
+    if contexts:
+        return (tens % 10 / 9)[:, None].expand(count, classes)
+    return tens % classes if classes else None
+
+
+def for_the_eye(seed: int, count: int, shape: tuple[int, ...], classes: int, contexts: bool = False) -> Latents:
+    """The first latents of a score, with labels in order."""
+    return Latents(latents(seed, range(count), shape, 0).z, in_order(count, classes, contexts))
 
 
 @torch.no_grad()
