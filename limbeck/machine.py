@@ -54,7 +54,8 @@ def peak_memory_mib() -> int | None:
 def commit() -> str | None:
     """Commit of the checkout that Limbeck runs from, with "+" for local changes; None outside a checkout.
 
-    An environment inside the checkout of something else does not count: git must know this very file.
+    Changes of results/ do not count: a long acceptance writes there between its measurements. An
+    environment inside the checkout of something else does not count: git must know this very file.
     """
     this = Path(__file__)
 
@@ -65,6 +66,7 @@ def commit() -> str | None:
     try:
         git("ls-files", "--error-unmatch", this.name)
         # without locks: a signal that ends this process in between would leave one in the repository
-        return git("rev-parse", "HEAD") + ("+" if git("--no-optional-locks", "status", "--porcelain") else "")
+        status = ["--no-optional-locks", "status", "--porcelain", "--", ":/", ":(top,exclude)results"]
+        return git("rev-parse", "HEAD") + ("+" if git(*status) else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -40,6 +40,9 @@ def test_the_commit_is_that_of_limbeck(tmp_path: Path, monkeypatch: pytest.Monke
     git("commit", "-m", "ours")
     known = machine.commit()
     assert known is not None and len(known) == 40
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "ours.json").write_text("{}")
+    assert machine.commit() == known
     (tmp_path / "theirs.py").write_text("changed")
     assert machine.commit() == f"{known}+"
 
