@@ -38,7 +38,7 @@ import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,10 +223,18 @@ def _play_all(cells: Sequence[tuple[Recipe, Path, str]], workers: int, tell: Cal
     with folder.signals() as stop:
         stop.step = None
         try:
-            begun = {pool.submit(_play, recipe, out): name for recipe, out, name in cells}
-            for number, future in enumerate(as_completed(begun), 1):
-                future.result()
-                tell(f"[{number}/{len(cells)}] {begun[future]} is finished")
+            left, number = iter(cells), 0
+            begun: dict[Future[None], str] = {}
+            while True:
+                # no more cells than workers: one that waits in the pool's queue would be played after a stop
+                for recipe, out, name in itertools.islice(left, workers - len(begun)):
+                    begun[pool.submit(_play, recipe, out)] = name
+                if not begun:
+                    break
+                for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    number += 1
+                    tell(f"[{number}/{len(cells)}] {begun.pop(future)} is finished")
         except BrokenProcessPool:
             raise ChildProcessError("a worker was lost (out of memory?); the same command continues") from None
         except BaseException:
@@ -234,7 +242,7 @@ def _play_all(cells: Sequence[tuple[Recipe, Path, str]], workers: int, tell: Cal
                 process.terminate()  # each saves its cell
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
 
 
 def _play(recipe: Recipe, out: Path) -> None:

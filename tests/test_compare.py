@@ -354,7 +354,7 @@ def test_workers_make_what_one_process_makes(tmp_path: Path, tiny: dict[str, Any
 def test_a_signal_ends_all_workers_and_the_comparison_goes_on(tmp_path: Path, tiny: dict[str, Any]) -> None:
     base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, "threads": 1, **tiny}
     base |= {"steps": 1_000_000, "every": {"log": 1, "save": 0, "sample": 0}}
-    grid = {"metric": "mmd", "base": base, "grid": {"seed": [0, 1]}}
+    grid = {"metric": "mmd", "base": base, "grid": {"seed": [0, 1, 2]}}  # one more than workers
     (tmp_path / "study.toml").write_text(config.dump_toml(grid))
     command = [sys.executable, "-m", "limbeck", "compare", "study.toml", "--out", "out", "--workers", "2"]
     job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -366,6 +366,7 @@ def test_a_signal_ends_all_workers_and_the_comparison_goes_on(tmp_path: Path, ti
     error = job.communicate(timeout=60)[1]
     assert job.returncode == 143 and error.strip().endswith("stopped, saved; the same command continues"), error
     assert all(list((log.parent / "checkpoints").glob("ckpt-*")) for log in logs)
+    assert not (tmp_path / "out" / "seed_2").exists()
 
 
 MISTAKES: dict[str, tuple[str, str]] = {
