@@ -8,11 +8,12 @@ method can have several turns of the fake score, a critic, guidance, and a gener
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -83,6 +84,8 @@ class Game:
         calls: network calls of the generator; more than one is the few-step generator of arXiv:2505.12674.
         fake_levels: law of the noise in the fake score's turn.
         fake_steps: turns of the fake score before each of the generator.
+        joint: the generator's turn and the fake score's last are one, on one sample and one noise: a pass less, and
+            each player sees the others as they were before.
         fake_first: images for which the fake score (and critic) play alone at the start.
         settle: 0; or a number of turns: the generator waits until the fake score's loss on fresh samples improves by
             less than 1% from one such window to the next. For generators that the fake score does not know yet: for
@@ -97,6 +100,7 @@ class Game:
     calls: int = 1
     fake_levels: Law = field(default_factory=LogNormal)
     fake_steps: int = 1
+    joint: bool = False
     fake_first: int = 0
     settle: int = 0
     adversarial: Adversarial | None = None
@@ -157,13 +161,18 @@ class Game:
         round from step to step; b says whether the critic counts yet.
         """
         call = 1 + step % self.calls
-        for _ in range(self.fake_steps):
+        alone = images < self.fake_first
+        for _ in range(self.fake_steps - (self.joint and not alone)):
             yield self.fake_turn(call)
-        if images < self.fake_first:
+        if alone:
             return
         judged = self.adversarial is not None and images >= self.adversarial.after
-        turn = functools.partial(loss, call=call, judged=judged)
-        yield Turn(("generator",), turn, _settled if self.settle else None)
+        turn = Turn(("generator",), functools.partial(loss, call=call, judged=judged))
+        if self.joint:
+            turn = _joint(turn, self.fake_turn(call), call)
+            if self.settle:
+                yield self.fake_turn(call)._replace(when=lambda nets: not _settled(nets))
+        yield turn._replace(when=_settled if self.settle else None)
 
     def fake_turn(self, call: int = 1) -> Turn:
         """One descent step of "fake", and of "critic" if there is one, on samples of the frozen generator."""
@@ -299,11 +308,38 @@ def lag(x: Tensor, noisy: Tensor, sigma: Tensor, estimate: Tensor, sigma_data: f
 
 def sample(generator: nn.Module, batch: Batch, call: int | None = None) -> Tensor:
     """Samples (B, *shape) of the batch's latents; of a few-step generator after `call` calls, None = all."""
+    if batch.x is not None:
+        return batch.x
     if isinstance(generator, FewStep):
         x: Tensor = generator.roll(batch.z, batch.cond, call)
     else:
         x = generator(batch.z, batch.cond)
     return x
+
+
+def _joint(generators: Turn, fakes: Turn, call: int) -> Turn:
+    """Both turns in one: their losses are added, on one sample, and neither reaches the other's players."""
+
+    def loss(nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
+        x = sample(nets["generator"], batch, call)
+        with _at_rest(nets[name] for name in fakes.players):
+            first = generators.loss(nets, teacher, replace(batch, x=x))
+        return first + fakes.loss(nets, teacher, replace(batch, x=x.detach()))
+
+    return Turn((*generators.players, *fakes.players), loss)
+
+
+@contextlib.contextmanager
+def _at_rest(players: Iterable[nn.Module]) -> Iterator[None]:
+    """Players of this turn as they are in the turns of others: without dropout or gradients of their weights."""
+    awake = [player for player in players if player.training]
+    for player in awake:
+        player.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for player in awake:
+            player.train().requires_grad_(True)
 
 
 class Settling(State):

@@ -375,6 +375,10 @@ READINGS: dict[str, str] = {
         "How well the fake score knows the student's present samples. It should fall, then stay level; "
         "a rise means that the student moves faster than the fake score learns."
     ),
+    "loss/generator+fake": (
+        "The sum of both losses in joint turns. The generator's has no meaningful level: "
+        "only a sudden jump or a steady drift away says something."
+    ),
     "loss/generator+posterior": (
         "How badly the posterior guesses the latent, weighted: the posterior's share of the bound. It falls as the "
         "posterior learns, and again as noise levels become smaller while the law of the noise is annealed."
@@ -1270,7 +1274,7 @@ def _training(log: Sequence[Mapping[str, Any]]) -> _Html:
     keys = {tuple(key.split("/", 1)) for row in rows for key in row if key.startswith(("loss/", "grad_norm/"))}
     health = health_curves(rows)
     if health:  # methods that can say how they stand have a generator's loss without meaning
-        keys.discard(("loss", "generator"))
+        keys -= {("loss", player) for _, player in keys if player.startswith("generator")}
     if not keys:
         return _section("Training", "", _missing("No training log was recorded for this run."))
     order = sorted(keys, key=lambda key: (not key[1].startswith("generator"), key[1], key[0] != "loss"))

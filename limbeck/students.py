@@ -111,7 +111,17 @@ def _check_levels(recipe: Recipe, teacher: Denoiser) -> None:
 
 
 def trainer_of(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator: Generator | None = None) -> Trainer:
-    """The trainer of a recipe; of a given generator it trains a copy."""
+    """The trainer of a recipe; of a given generator it trains a copy.
+
+    Raises:
+        ValueError: if a setting does not fit the method's players, or another setting.
+    """
+    asleep = {"fake", "critic"}.intersection(recipe.checkpointing)
+    if asleep and getattr(getattr(recipe.method, "game", None), "joint", False):
+        raise ValueError(
+            f"checkpointing: {min(asleep)} is asked for gradients of its input and of its weights in one joint turn, "
+            "which cannot be made again; leave it out, or set method.game.joint = false"
+        )
     split = None
     if recipe.sharded and rank_and_world()[1] > 1:
         from limbeck import shards  # takes a second to import

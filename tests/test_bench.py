@@ -101,6 +101,11 @@ def test_guidance_doubles_the_guided_passes() -> None:
     assert passes(method, labelled) == pytest.approx(18, rel=0.02)
 
 
+def test_a_joint_turn_saves_a_pass(teacher: Denoiser) -> None:
+    for name, cost in (("diff_instruct", 8), ("sid", 10)):
+        assert passes(M[name](game=Game(joint=True)), teacher) == pytest.approx(cost, rel=0.02)
+
+
 def test_attention_counts() -> None:
     """On a CPU, where torch itself has no formula: 2 products of N x N x d a head forward, 5 backward."""
     query = torch.randn(2, 3, 16, 8, requires_grad=True)

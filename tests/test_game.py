@@ -43,7 +43,7 @@ from limbeck.methods.sim import SIM
 from limbeck.methods.uni_instruct import UniInstruct, released_ratio
 from limbeck.networks.mlp import MLP
 from limbeck.noise import LogNormal
-from limbeck.objective import Batch, Pairs, perturb
+from limbeck.objective import Batch, Pairs, Turn, perturb
 from limbeck.source import NoiseSource, RealSource
 from limbeck.train import NonFinite, Trainer
 
@@ -637,6 +637,62 @@ def test_a_generator_waits_until_the_fake_score_has_settled() -> None:
     assert "loss/generator" in told and told["settling/settled"] == 1
 
 
+# One turn for both ----------------------------------------------------------------------------------------------------
+
+
+def joined(method: Any) -> Any:
+    return replace(method, game=replace(method.game, joint=True))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if hasattr(cls(), "game") and name != "sds"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_joint_turn_has_the_gradients_of_both(name: str, dropout: float) -> None:
+    """On one sample, and no more than these: the generator's loss reaches no other player, nor meets its dropout."""
+    method, feed, start = METHODS[name](), batch(), template()
+    cast(MLP, start.network).dropout = dropout
+    nets = players(method, start)
+    *_, fakes, generators = method.turns(0, 10**9)
+    *_, both = joined(method).turns(0, 10**9)
+    assert both.players == (*generators.players, *fakes.players)
+
+    def gradients(turn: Turn, feed: Batch) -> dict[str, Tensor]:
+        nets.zero_grad()
+        for player in turn.players:
+            nets[player].train().requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            turn.loss(nets, LAW, feed).sum().backward()
+        nets.eval().requires_grad_(False)
+        return {key: p.grad for key, p in nets.named_parameters() if p.grad is not None}
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        x = nets["generator"].train()(feed.z)
+    told, first = gradients(both, feed), gradients(generators, feed)
+    assert all(torch.equal(told[key], value) for key, value in first.items()) and first
+    assert {key.split(".")[0] for key in told} == set(both.players)
+    if not dropout:  # whose masks come from a stream that the generator's call has moved
+        second = gradients(fakes, replace(feed, x=x))
+        assert all(torch.equal(told[key], value) for key, value in second.items()) and second
+
+
+def test_joint_turns_are_the_last_of_a_step() -> None:
+    def of(images: int, **fields: Any) -> list[tuple[str, ...]]:
+        return [turn.players for turn in SiD(game=Game(joint=True, **fields)).turns(0, images)]
+
+    assert of(0) == [("generator", "fake")]
+    assert of(0, fake_steps=3) == [("fake",), ("fake",), ("generator", "fake")]
+    assert of(9, fake_steps=2, fake_first=10) == [("fake",), ("fake",)]
+    run = Trainer(SiD(game=Game(joint=True, settle=2)), LAW, template(), steps=50, seed=0)
+    source = NoiseSource((2,), (2,), 64, 0, dtype=torch.float64)
+    while not run.nets["settling"].settled:
+        told = run.advance(source)
+        waits = not run.nets["settling"].settled
+        assert "loss/fake" in told and ("loss/generator+fake" not in told) == waits
+        assert run.step <= 49
+    assert run.advance(source).keys() & {"loss/fake", "loss/generator+fake"} == {"loss/generator+fake"}
+
+
 # Points, pairs and NaN ------------------------------------------------------------------------------------------------
 
 
@@ -822,6 +878,7 @@ def test_health_is_measured_by_level() -> None:
         (lambda: Guidance(teacher=math.inf), "teacher: "),
         (lambda: Guidance(dropout=1.0), "dropout: "),
         (lambda: Game(settle=-1), "settle: "),
+        (lambda: DiffInstruct(updated_at=0.0, game=Game(joint=True)), "game.joint: "),
         (lambda: SiD(nan="repair"), "nan: "),  # type: ignore[arg-type]
         (lambda: UniInstruct(as_released=True), "as_released: the public code runs for forward_kl and jeffreys"),
     ],

@@ -361,6 +361,16 @@ def test_blocks_are_made_again_one_by_one() -> None:
     assert passes.blocks(NETWORKS["mlp"]()) == []
 
 
+def test_joint_turns_refuse_checkpointing_of_who_is_asked_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    game = {"method": "sid", "method.game.joint": "true"}
+    assert cli.main(arguments(tmp_path / "a", checkpointing='["fake"]', **game)) == 2
+    assert "checkpointing: fake is asked for gradients of its input and of its weights" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert cli.main(arguments(tmp_path / "b", checkpointing='["generator"]', **game)) == 0
+
+
 def test_a_run_may_go_on_with_checkpointing(tmp_path: Path) -> None:
     out = tmp_path / "r"
     assert cli.main(arguments(out)) == 0

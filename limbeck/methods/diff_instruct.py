@@ -72,6 +72,8 @@ class DiffInstruct:
     def __post_init__(self) -> None:
         if self.weight not in ("uniform", "dmd"):
             raise ValueError(f"weight: must be uniform or dmd, got {self.weight!r}")
+        if self.updated_at is not None and self.game.joint:
+            raise ValueError("game.joint: the generator is updated at another output than the fake score (updated_at)")
 
     @property
     def needs_real(self) -> bool:
