@@ -273,7 +273,7 @@ def bench(
         teacher: in place of the one that the recipes name.
         network: the caller's own network class, for a teacher's file whose network is none of Limbeck's.
         repeats: of each setting.
-        steps: of one repeat.
+        steps: of one repeat; of generators of K calls, rounds of K steps, in which every number of calls comes once.
         first: images that the method believes were seen: gates of critics are open.
 
     Returns:
@@ -286,28 +286,35 @@ def bench(
     if others:
         raise ValueError("device: both settings must compute on one, or their times have no ratio")
     told: dict[str, dict[str, Any]] = {}
+    rounds = {name: getattr(getattr(recipe.method, "game", None), "calls", 1) for name, recipe in recipes.items()}
     for name, (trainer, source) in sides.items():  # also the warm-up
         trainer.images = first
         with Meter(trainer, count=True) as meter:
-            trainer.advance(source)
-        # a step of its own: counting keeps activations alive that are made again
+            for _ in range(rounds[name]):
+                trainer.advance(source)
+        # steps of their own: counting keeps activations alive that are made again
         with Kept(trainer) as kept, resources.Watch(resources.standing(trainer)) as watch:
-            trainer.advance(source)
-        told[name] = _counts(trainer, recipes[name], meter) | {
-            "graph_mib": round(kept.peak / 2**20, 2),
-            "step_mib": round(watch.top / 2**20, 2),
-        }
+            for _ in range(rounds[name]):
+                trainer.advance(source)
+        told[name] = (
+            _counts(trainer, rounds[name] * recipes[name].batch, meter)
+            | {"batch": recipes[name].batch}
+            | {
+                "graph_mib": round(kept.peak / 2**20, 2),
+                "step_mib": round(watch.top / 2**20, 2),
+            }
+        )
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     around: dict[str, list[float]] = {name: [] for name in sides}
     peaks = [matmul_peak(device=place)]
     for number in range(repeats):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in order:
-            trainer, source = sides[name]
+            (trainer, source), played = sides[name], steps * rounds[name]
             with Meter(trainer) as meter:
-                for _ in range(steps):
+                for _ in range(played):
                     trainer.advance(source)
-            parts[name].append({key: value / steps for key, value in meter.seconds.items()})
+            parts[name].append({key: value / played for key, value in meter.seconds.items()})
             peaks.append(matmul_peak(device=place))
             around[name].append((peaks[-2] + peaks[-1]) / 2)
     times = {name: [sum(each.values()) for each in repeated] for name, repeated in parts.items()}
@@ -331,6 +338,7 @@ def bench(
         "settings": told,
         "peak_gflop_per_second": statistics.median(peaks) / 1e9,
         "peak_memory_mib": peak_memory_mib(),
+        "device_memory_mib": torch.cuda.max_memory_allocated() // 2**20 if place.type == "cuda" else None,
         "note": "absolute times are those of a machine that others may use at the same time; ratios and shares are "
         "of steps played in turns in one process",
         "versions": versions(),
@@ -350,13 +358,12 @@ def bench(
     return result
 
 
-def _counts(trainer: Trainer, recipe: Recipe, meter: Meter) -> dict[str, Any]:
-    """FLOPs of the step that was just counted, per image, by turn and part, and in forward passes of the teacher."""
+def _counts(trainer: Trainer, images: int, meter: Meter) -> dict[str, Any]:
+    """FLOPs of what was just counted, per image, by turn and part, and in forward passes of the teacher."""
     forward = flops_of_a_pass(trainer)
-    per_image = {key: value / recipe.batch for key, value in meter.flops.items() if value}
+    per_image = {key: value / images for key, value in meter.flops.items() if value}
     turns = dict.fromkeys(turn for turn, _ in per_image)
     return {
-        "batch": recipe.batch,
         "flops_per_image": sum(per_image.values()),
         "flops_of_a_pass": forward,
         "passes": sum(per_image.values()) / forward if forward else None,
@@ -397,13 +404,15 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         out.append(
             f"{name}: {side['images_per_second']:.4g} images/s, {total:.4g} s per step of {side['batch']}, "
             f"{side['flops_per_image'] / 1e9:.4g} GFLOP per image = {passes}, {side['gflop_per_second']:.4g} GFLOP/s "
-            f"= {side['fraction_of_peak']:.2f} of {result['peak_gflop_per_second']:.4g}, "
+            f"= {side['fraction_of_peak']:.2f} of {result['peak_gflop_per_second']:.4g} in float32, "
             f"graphs of {side['graph_mib']:g} MiB, {side['step_mib']:g} in all"
         )
         for turn, parts in side["turns"].items():
             spent = ", ".join(f"{part} {100 * value / total:.1f}%" for part, value in parts.items())
             out.append(f"  {turn or 'between turns'}: {spent}")
     out.append(f"resident memory at its largest: {result['peak_memory_mib']:,} MiB")
+    if result["device_memory_mib"] is not None:
+        out.append(f"the device's memory at its largest: {result['device_memory_mib']:,} MiB")
     if "ratio" in result:
         r = result["ratio"]
         out.append(f"time of {r['of']}: {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})")

@@ -36,7 +36,7 @@ def rank_and_world() -> tuple[int, int]:
     if world == 1:
         return 0, 1
     if not distributed.is_initialized():
-        with _alive():
+        with alive():
             if _nccl():
                 torch.cuda.set_device(own_gpu())
             distributed.init_process_group("cpu:gloo,cuda:nccl" if _nccl() else "gloo", timeout=_timeout())
@@ -58,11 +58,18 @@ def _timeout() -> timedelta:
 
 
 @contextlib.contextmanager
-def _alive() -> Iterator[None]:
-    """Say in one line that an exchange failed: its errors are torch's, and long."""
+def alive(passes: bool = False) -> Iterator[None]:
+    """Say in one line that an exchange failed: its errors are torch's, and long.
+
+    Args:
+        passes: networks compute within, whose own errors pass; those of exchanges name their library.
+    """
     try:
         yield
     except RuntimeError as error:
+        named = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        if passes and not named:
+            raise
         reason = str(error).strip().splitlines()[0][:200]
         raise Lost(
             f"another process of this job was lost ({reason}); the same command goes on from the last checkpoint"
@@ -72,7 +79,7 @@ def _alive() -> Iterator[None]:
 def total(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     if rank_and_world()[1] > 1:
-        with _alive():
+        with alive():
             distributed.all_reduce(value)
     return value
 
@@ -82,7 +89,7 @@ def largest(value: int) -> int:
     if rank_and_world()[1] == 1:
         return value
     held = torch.tensor(value)
-    with _alive():
+    with alive():
         distributed.all_reduce(held, distributed.ReduceOp.MAX)
     return int(held)
 
@@ -134,7 +141,7 @@ class Exchange:
     def _send(self) -> None:
         bucket = self.buckets[len(self._works)]
         flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in bucket])
-        with _alive():
+        with alive():
             work = distributed.all_reduce(flat, async_op=True)
         assert work is not None
         self._works.append((work, flat))
@@ -145,7 +152,7 @@ class Exchange:
         while len(self._works) < len(self.buckets):
             self._send()
         for (work, flat), bucket in zip(self._works, self.buckets, strict=True):
-            with _alive():
+            with alive():
                 work.wait()
             parts = flat.split([p.numel() for p in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
@@ -175,14 +182,14 @@ def gather(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for name in sorted(state):
         mine = state[name].contiguous()
         lengths = [torch.zeros((), dtype=torch.long) for _ in range(world)]
-        with _alive():
+        with alive():
             distributed.all_gather(lengths, torch.tensor(len(mine) if name.startswith("rows") else 0))
         if name.startswith("rows"):
             longest = max(int(length) for length in lengths)
             padding = mine.new_zeros(longest - len(mine), *mine.shape[1:])
             mine = torch.cat([mine, padding])
         parts = [torch.empty_like(mine) for _ in range(world)]
-        with _alive():
+        with alive():
             distributed.all_gather(parts, mine)
         for rank, part in enumerate(parts):
             states[rank][name] = part[: int(lengths[rank])] if name.startswith("rows") else part

@@ -52,7 +52,7 @@ class OneStep(Generator):
         self.classes, self.contexts = denoiser.classes, denoiser.contexts
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
-        return self.denoiser(self.sigma * z, z.new_tensor(self.sigma), cond)
+        return self.denoiser(self.sigma * z, z.new_full((), self.sigma), cond)
 
     def card(self) -> dict[str, Any]:
         """Everything but the weights, as JSON-able values."""
@@ -89,7 +89,7 @@ class FewStep(Generator):
         for index, sigma in enumerate(self.sigmas[:calls]):
             last = index == calls - 1
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
-                x = self.denoiser(x + sigma * z[:, index], z.new_tensor(sigma), cond)
+                x = self.denoiser(x + sigma * z[:, index], z.new_full((), sigma), cond)
         return x
 
     def card(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Trajectory(Generator):
         return path_point(self.raw(z, t, cond), z, expand(t, z), self.levels.sigma_max)
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
-        return self.at(z, z.new_tensor(self.levels.sigma_min), cond)
+        return self.at(z, z.new_full((), self.levels.sigma_min), cond)
 
     def trajectory(self, z: Tensor, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
         """The path at `sigmas` (S,), one network call each: (S, B, *shape)."""

@@ -375,10 +375,6 @@ READINGS: dict[str, str] = {
         "How well the fake score knows the student's present samples. It should fall, then stay level; "
         "a rise means that the student moves faster than the fake score learns."
     ),
-    "loss/generator+fake": (
-        "The sum of both losses in joint turns. The generator's has no meaningful level: "
-        "only a sudden jump or a steady drift away says something."
-    ),
     "loss/generator+posterior": (
         "How badly the posterior guesses the latent, weighted: the posterior's share of the bound. It falls as the "
         "posterior learns, and again as noise levels become smaller while the law of the noise is annealed."

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from limbeck.device import CPU, is_out_of_memory
 from limbeck.distributed import local
 from limbeck.objective import Batch, Loss, Pairs
-from limbeck.train import Source, Trainer
+from limbeck.train import ALL_OPEN, Source, Trainer
 
 PROBE = 4  # samples; and twice as many
 GIB = 2**30
@@ -91,7 +91,7 @@ def measure(trainer: Trainer, source: Source) -> Needs:
     place = trainer.device
     resident = resident_bytes(place)
     fixed = sample = 0.0
-    for index, turn in enumerate(trainer.objective.turns(trainer.step, trainer.images)):
+    for index, turn in enumerate(trainer.objective.turns(trainer.step, ALL_OPEN)):  # those too that begin later
         whole = _complete(next(iter(source(trainer.step, index))), hasattr(trainer.objective, "pairs"))
         few = max(1, min(PROBE, len(whole.z) // 2))
         small, large = (_peaks(trainer, turn.players, turn.loss, _rows(whole, n)) for n in (few, 2 * few))

@@ -116,18 +116,12 @@ def trainer_of(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator:
     Raises:
         ValueError: if a setting does not fit the method's players, or another setting.
     """
-    asleep = {"fake", "critic"}.intersection(recipe.checkpointing)
-    if asleep and getattr(getattr(recipe.method, "game", None), "joint", False):
-        raise ValueError(
-            f"checkpointing: {min(asleep)} is asked for gradients of its input and of its weights in one joint turn, "
-            "which cannot be made again; leave it out, or set method.game.joint = false"
-        )
     split = None
     if recipe.sharded and rank_and_world()[1] > 1:
         from limbeck import shards  # takes a second to import
 
         split = shards.split
-    return Trainer(
+    made = Trainer(
         recipe.method, teacher, template, recipe.optimizer,
         steps=recipe.steps, ema=recipe.ema, clip=recipe.clip, seed=recipe.seed,
         generator=copy.deepcopy(generator),
@@ -135,3 +129,10 @@ def trainer_of(recipe: Recipe, teacher: Denoiser, template: Denoiser, generator:
         precision=recipe.precision, checkpointing=recipe.checkpointing,
         device=device.chosen(recipe.device),
     )  # fmt: skip
+    twice = {"fake", "critic"}.intersection(recipe.checkpointing)
+    if twice and getattr(getattr(recipe.method, "game", None), "joint", False):
+        raise ValueError(
+            f"checkpointing: {min(twice)} is called with and without gradients of its weights in a joint turn, which "
+            "checkpoints cannot tell apart; leave it out, or set method.game.joint = false"
+        )
+    return made

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
 from limbeck.device import CPU
-from limbeck.distributed import Exchange, local, rank_and_world, total, total_of_all
+from limbeck.distributed import Exchange, alive, local, rank_and_world, total, total_of_all
 from limbeck.ema import EMA, Average
 from limbeck.generator import Generator
 from limbeck.objective import Batch, Objective, State, Turn
@@ -170,7 +170,10 @@ class Trainer:
         scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
         losses: list[Tensor] = []
         # dropout is the only user of global generators; it gets a stream of its own, and gives the CPU's old one back
-        with torch.random.fork_rng(devices=[]), self.passes():
+        exchanges = (
+            alive(passes=True) if self.sharded else contextlib.nullcontext()
+        )  # networks are put together in passes
+        with exchanges, torch.random.fork_rng(devices=[]), self.passes():
             for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
                 reseed(self.seed, "dropout", self.step, index, number)
                 each = turn.loss(self.nets, self.teacher, batch)

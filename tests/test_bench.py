@@ -101,6 +101,13 @@ def test_guidance_doubles_the_guided_passes() -> None:
     assert passes(method, labelled) == pytest.approx(18, rel=0.02)
 
 
+def test_a_round_of_calls_is_counted_whole(teacher: Denoiser) -> None:
+    """Three calls: one more pass in the mean of three steps, in either turn."""
+    table = {"method": {"name": "sid", "game": {"calls": 3}}, "teacher": "unet", "batch": 2, "threads": 1}
+    told = bench.bench({"few": config.resolve(table, M)}, teacher, repeats=1)["settings"]["few"]
+    assert told["passes"] == pytest.approx(13, rel=0.02) and told["batch"] == 2
+
+
 def test_a_joint_turn_saves_a_pass(teacher: Denoiser) -> None:
     for name, cost in (("diff_instruct", 8), ("sid", 10)):
         assert passes(M[name](game=Game(joint=True)), teacher) == pytest.approx(cost, rel=0.02)

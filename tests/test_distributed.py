@@ -20,8 +20,9 @@ import test_methods
 import torch
 from torch import Tensor
 
-from limbeck import checkpoint, replay, shards
+from limbeck import checkpoint, distributed, replay, shards
 
+ROOT = Path(__file__).parent.parent
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -54,7 +55,8 @@ def test_two_processes_are_one_batch(name: str, parts: int, played: dict[str, Te
     for sharded in (False, True):
         prefix = f"{name}|{parts}|{sharded}|"
         both = {key.removeprefix(prefix): value for key, value in played.items() if key.startswith(prefix)}
-        assert both.keys() == one.keys() and any(value.abs().max() > 1e-3 for value in both.values())
+        gradients = [value for key, value in both.items() if key.split("/")[0].isdigit()]
+        assert both.keys() == one.keys() and any(value.abs().max() > 1e-3 for value in gradients)
         for key, value in one.items():
             assert torch.allclose(both[key], value, rtol=1e-10, atol=1e-10), (key, sharded)
 
@@ -239,6 +241,31 @@ def test_a_process_that_answers_no_more_is_given_up(tmp_path: Path) -> None:
     finally:
         silent.kill()
         silent.communicate()
+
+
+def test_a_pass_of_split_players_says_that_a_process_was_lost() -> None:
+    """And only that: what is wrong with the networks themselves keeps its own words."""
+    code = (
+        "import os, ranks\n"
+        "from limbeck import distributed\n"
+        "made, source = ranks.unet_trainer(sharded=True)\n"
+        "made.advance(source)\n"
+        "distributed.wait_for_all()\n"
+        "if distributed.rank_and_world()[0]: os._exit(9)\n"
+        "try:\n"
+        "    made.advance(source)\n"
+        "except distributed.Lost as error:\n"
+        "    assert 'the same command goes on' in str(error)\n"
+        "    os._exit(7)\n"
+    )
+    left, dead = pair(code, LIMBECK_TIMEOUT="20", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    _, error = left.communicate(timeout=100)
+    dead.communicate(timeout=100)
+    assert (left.returncode, dead.returncode) == (7, 9), error
+    with pytest.raises(RuntimeError, match="a shape"), distributed.alive(passes=True):
+        raise RuntimeError("a shape that does not fit")
+    with pytest.raises(distributed.Lost, match="closed by peer"), distributed.alive(passes=True):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
 
 
 def _text(path: Path) -> str:

@@ -674,6 +674,11 @@ def test_a_joint_turn_has_the_gradients_of_both(name: str, dropout: float) -> No
     if not dropout:  # whose masks come from a stream that the generator's call has moved
         second = gradients(fakes, replace(feed, x=x))
         assert all(torch.equal(told[key], value) for key, value in second.items()) and second
+    else:
+        cast(MLP, nets["fake"].network).dropout = 0.0
+        without = gradients(both, feed)
+        assert all(torch.equal(told[key], value) for key, value in without.items() if key.startswith("generator."))
+        assert not any(torch.equal(told[key], value) for key, value in without.items() if key.startswith("fake."))
 
 
 def test_joint_turns_are_the_last_of_a_step() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,8 @@ CASES["settling"] = M["diff_instruct"](game=Game(settle=2))
 CASES["joint"] = M["sid"](game=Game(joint=True, calls=2, settle=2))
 CASES["joint, judged"] = M["dmd2"](game=Game(joint=True, fake_steps=2, adversarial=Adversarial(weight=0.01, r1=0.1)))
 CASES["sid, NaN dropped"] = M["sid"](nan="drop", normalizer="none")
+
+SEEDED = Path(__file__).parent / "data" / "seeded.json"
 
 every_method = pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 
@@ -155,6 +159,25 @@ def test_the_teacher_s_scale_is_the_student_s(method: Any) -> None:
     assert torch.allclose(4 * students[0], students[1], rtol=1e-6, atol=1e-6)
 
 
+def seeded(method: Any) -> dict[str, list[float]]:
+    """Losses and gradient norms of three steps."""
+    law = teacher()
+    made = trainer(method, law)
+    told = [made.advance(source(method, law)) for _ in range(3)]
+    keys = sorted(key for key in told[0] if key.startswith(("loss/", "grad_norm/")))
+    return {key: [float(row[key]) for row in told] for key in keys}
+
+
+@every_method
+def test_numbers_stay_what_they_are(method: Any, request: pytest.FixtureRequest) -> None:
+    """What is made faster changes no seeded run. After a change of the mathematics: `python tests/test_methods.py`."""
+    name = request.node.callspec.id
+    known, found = json.loads(SEEDED.read_text())[name], seeded(method)
+    assert known.keys() == found.keys()
+    for key, values in known.items():
+        assert found[key] == pytest.approx(values, rel=1e-7, abs=1e-10), key
+
+
 def test_a_critic_without_one_of_our_networks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^template: a critic reads the features"):
         methods.METHODS["f_distill"]().players(Denoiser((2,), 0, 1.0))
@@ -167,3 +190,8 @@ def test_real_samples_have_the_wanted_labels() -> None:
     (batch,) = RealSource(noise, provider_of(x, y))(0, 0)
     assert isinstance(batch, Batch) and batch.real is not None and batch.cond is not None
     assert torch.equal(batch.real[:, 0], batch.cond.argmax(1).double())
+
+
+if __name__ == "__main__":
+    told = {name: seeded(method) for name, method in CASES.items()}
+    SEEDED.write_text(json.dumps(told, indent=1) + "\n")

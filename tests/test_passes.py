@@ -366,7 +366,7 @@ def test_joint_turns_refuse_checkpointing_of_who_is_asked_twice(
 ) -> None:
     game = {"method": "sid", "method.game.joint": "true"}
     assert cli.main(arguments(tmp_path / "a", checkpointing='["fake"]', **game)) == 2
-    assert "checkpointing: fake is asked for gradients of its input and of its weights" in capsys.readouterr().err
+    assert "checkpointing: fake is called with and without gradients of its weights" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
     assert cli.main(arguments(tmp_path / "b", checkpointing='["generator"]', **game)) == 0
 

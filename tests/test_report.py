@@ -20,7 +20,17 @@ import pytest
 from PIL import Image
 
 from limbeck import report as page
-from limbeck.report import METRICS, Curve, Picture, Scatter, health_curves, history_curves, render, render_comparison
+from limbeck.report import (
+    METRICS,
+    Curve,
+    Picture,
+    Scatter,
+    _training,
+    health_curves,
+    history_curves,
+    render,
+    render_comparison,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -552,6 +562,15 @@ def test_browser_readout_sorting_and_theme(tmp_path: Path) -> None:
     assert [row for row in re.findall(r'<td data-value="(\w)">', dom)] == ["b", "a", "c"]
     assert 'aria-sort="ascending"' in dom
     assert outline.count("div", "readout") == 1 and "images 10" in outline.text and "student 2" in outline.text
+
+
+def test_losses_without_meaning_are_left_out() -> None:
+    """The generator's where health is known, in joint turns too; a bound's share stays."""
+    log = [{"images": 10 * n, "loss/generator+fake": 1.0, "grad_norm/fake": 2.0, "loss/fake": 3.0} for n in range(1, 4)]
+    healthy = [{**row, "health/gap/1": -1.0, "health/fake_loss": 3.0} for row in log]
+    joint, fake = "Generator and fake: loss", "Fake: loss"
+    assert all(title in str(_training(log)) for title in (joint, fake))
+    assert joint not in str(_training(healthy)) and fake in str(_training(healthy))
 
 
 def test_samples_whose_ratio_was_cut_are_reported() -> None:

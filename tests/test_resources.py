@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 NEEDS = Needs(resident=GIB, fixed=GIB // 2, sample=GIB / 64, save=0, moments=GIB // 4, checkpoint=10**6)
 
 
-def job_of(out: Path, method: str) -> run.Job:
+def job_of(out: Path, method: str, **settings: Any) -> run.Job:
     table = {
-        "teacher": "exact:ring8", "method": {"name": method}, "steps": 3, "batch": 16, "warm_start": 0,
+        "teacher": "exact:ring8", "method": {"name": method, **settings}, "steps": 3, "batch": 16, "warm_start": 0,
         "template": {"network": "mlp", "width": 16, "depth": 1, "dropout": 0.3},
     }  # fmt: skip
     return run.distillation(config.resolve(table, methods.METHODS), out, lambda line: None)
@@ -42,6 +42,17 @@ def test_measuring_changes_nothing(tmp_path: Path, method: str) -> None:
     assert torch.equal(rng, torch.get_rng_state()) and after["optimizers"] == before["optimizers"]
     assert all(p.grad is None and not p.requires_grad for p in job.trainer.nets.parameters())
     assert needs.sample > 0 and needs.checkpoint > 0 and needs.moments > 0
+
+
+def test_turns_that_begin_later_count(tmp_path: Path) -> None:
+    """SiDA's generator waits for 100,000 images, and has the largest graph of all turns."""
+    gated = job_of(tmp_path / "a", "sida")
+    open_ = job_of(tmp_path / "b", "sida", game={"fake_first": 0})
+    assert gated.recipe.method.game.fake_first and not open_.recipe.method.game.fake_first
+    one, other = (resources.measure(job.trainer, job.source) for job in (gated, open_))
+    assert one.sample == other.sample
+    turns = list(gated.trainer.objective.turns(0, 0))
+    assert [turn.players for turn in turns] == [("fake", "critic")]
 
 
 def test_the_estimate_holds(tmp_path: Path) -> None:
