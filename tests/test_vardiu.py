@@ -4,6 +4,7 @@ Notation of the linear case in one dimension: x = m + a z, x_s = x + s eps, P = 
 N(a (x_s - m) / P, s^2 / P).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, posterior
+from limbeck import artifact, compare, config, posterior, teachers
 from limbeck.denoiser import Denoiser, Preconditioned
 from limbeck.exact import Gaussian, Mixture
 from limbeck.game import Game
@@ -30,6 +31,7 @@ from limbeck.noise import Power
 from limbeck.objective import Batch, perturb
 from limbeck.posterior import Diagonal, Encoder, Full, SplineFlow
 
+ROOT = Path(__file__).parent.parent
 SD = 0.5
 LEVELS = (0.03, 0.1, 0.4)
 LAW = Power(0.02, 0.5, 2.0)
@@ -562,10 +564,42 @@ def test_the_baseline_of_the_authors_updates_another_output_than_it_samples() ->
     assert not torch.allclose(told(baseline, 1.0), told(DiffInstruct(levels=LAW), 1.0), rtol=1e-3)
     # the fake score learns what is sampled
     fake, generator = (turn.loss for turn in baseline.turns(0, 0))
-    wanted = fake(nn.ModuleDict({**nets, "generator": Direct(home, 1.0)}), teacher, batch)
-    assert torch.equal(fake(nets, teacher, batch), wanted) and cast(Any, generator).func == baseline.loss
+    plain, _ = (turn.loss for turn in DiffInstruct(levels=LAW, game=Game(fake_levels=LAW)).turns(0, 0))
+    sampled, updated = (nn.ModuleDict({**nets, "generator": Direct(home, noise)}) for noise in (1.0, 0.0))
+    assert torch.equal(fake(nets, teacher, batch), plain(sampled, teacher, batch))
+    assert not torch.allclose(fake(nets, teacher, batch), plain(updated, teacher, batch), rtol=1e-3)
+    assert cast(Any, generator).func == baseline.loss
     with pytest.raises(ValueError, match=r"^updated_at: needs a plain generator"):
         baseline.players(home)
+
+
+@pytest.mark.parametrize("name", ["vardiu-mog40", "vardiu-mog40-learned", "vardiu-mog40-tuning"])
+def test_the_study_has_the_settings_of_the_paper(name: str) -> None:
+    """Levels in the law's own units, annealing in steps, rates, clipping and scores; the issue's sizes."""
+    path = ROOT / "studies" / f"{name}.toml"
+    unit, tuning = teachers.load("exact:mog40").unit, name.endswith("tuning")
+    cells = compare.cells_of(config.read_toml(path), path, None)
+    for cell, settings, recipe in cells:
+        method, about = cast(Any, recipe.method), functools.partial(pytest.approx, rel=1e-3)
+        bounds = [unit * method.levels.sigma_min, unit * method.levels.sigma_max]
+        smallest = [value for value in (0.1, 1.1) if bounds[0] == about(value)]
+        assert smallest and bounds[1] == about(20 if isinstance(method, VarDiU) else 40), cell
+        long = settings["variant"] == "VarDiU Gaussian 1M"
+        assert recipe.steps == (30_000 if tuning else 1_000_000 if long else 200_000)
+        rates = {player: (o.lr, o.betas, o.schedule) for player, o in recipe.optimizer.items() if player != "critic"}
+        assert rates.pop("generator") == (1e-4, (0.9, 0.999), "constant")
+        ((second, rate),) = rates.items()
+        assert rate[0] in ((1e-4, 4e-4) if second == "posterior" else (5e-5, 4e-4)) and rate[2] == "constant"
+        assert recipe.clip == 10 and recipe.threads == 1 and recipe.ema.half_life == 1
+        judged = recipe.evaluate
+        assert judged.samples == judged.watched == 10_000 and judged.mmd_scale == 1.0
+        assert recipe.every.evaluate == (5000 if tuning else 10_000)
+        if isinstance(method, VarDiU):
+            # 256 points a step, both signs of the noise; 190 of the first 200 thousand steps, or that share
+            assert recipe.batch == 128 and method.antithetic and (method.first_power, method.levels.power) == (0.1, 2.0)
+            assert method.anneal == 128 * 0.95 * min(recipe.steps, 200_000)
+        else:
+            assert recipe.batch == 256 and method.game.fake_steps == (10 if "10" in settings["variant"] else 1)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ posterior's std        softplus(r) sigma / sigma_data: softplus    the code: sof
                        is of order 1 at small noise
 baseline's fake score  preconditioned as EDM's, and its weight     the code: predicts x from raw inputs, with the weight
                                                                    of EDM for a sigma_data of 10
+learned teacher        EDM's preconditioning, weight and           the code: predicts x from raw inputs, levels uniform
+                       log-normal levels, Adam at 1e-3 with a      from 0.1 to 40, the weight of EDM for a sigma_data
+                       cosine, a moving average                    of 10, Adam at 5e-5, no average
 flow                   rational-quadratic splines, coordinates     the code: LU permutations between splines
                        reversed between them
 network inputs         scaled by the noise level, as EDM's         the code: raw values, sigma appended twice
