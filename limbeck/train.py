@@ -165,22 +165,23 @@ class Trainer:
         count = micro[0].total or own
         states = {name: net for name, net in self.nets.items() if isinstance(net, State)}
         alone = rank_and_world()[1] == 1
-        before = {} if alone else {name: [b.clone() for b in net.buffers()] for name, net in states.items()}
+        kept = {} if alone and not self.passes.compiled else states
+        before = {name: [b.clone() for b in net.buffers()] for name, net in kept.items()}
         key = "+".join(turn.players)
         scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
-        losses: list[Tensor] = []
-        # dropout is the only user of global generators; it gets a stream of its own, and gives the CPU's old one back
-        exchanges = (
-            alive(passes=True) if self.sharded else contextlib.nullcontext()
-        )  # networks are put together in passes
-        with exchanges, torch.random.fork_rng(devices=[]), self.passes():
-            for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
-                reseed(self.seed, "dropout", self.step, index, number)
-                each = turn.loss(self.nets, self.teacher, batch)
-                mean = each.sum() / count
-                last = len(losses) == len(micro) - 1
-                self._backward(mean if scaler is None else scaler.scale * mean, turn, last)
-                losses.append(each.detach())
+        try:
+            losses = self._differentiate(index, turn, micro, count, scaler)
+        except Exception as error:
+            if not (self.passes.compiled and alone):
+                raise
+            # compiled code that fails in a backward pass, whatever by: the turn begins again without it
+            self.passes.give_up(error)
+            for name, buffers in before.items():
+                for buffer, old in zip(states[name].buffers(), buffers, strict=True):
+                    buffer.copy_(old)
+            self._rest(turn.players)
+            self._wake(turn.players)
+            losses = self._differentiate(index, turn, micro, count, scaler)
         loss = sum((each.sum() / count for each in losses), micro[0].z.new_zeros(()))
         loss = self._exchange(turn, loss, states, before)
         if scaler is not None:
@@ -210,6 +211,24 @@ class Trainer:
         told[f"loss/{key}"] = loss
         self._rest(turn.players)
         return count
+
+    def _differentiate(
+        self, index: int, turn: Turn, micro: Sequence[Batch], count: int, scaler: Scaler | None
+    ) -> list[Tensor]:
+        """Put the gradients of a turn's mean loss in their place. Returns its losses (b,) by micro-batch."""
+        losses: list[Tensor] = []
+        # split networks are put together in their passes
+        exchanges = alive(passes=True) if self.sharded else contextlib.nullcontext()
+        # dropout is the only user of global generators; it gets a stream of its own, and gives the CPU's old one back
+        with exchanges, torch.random.fork_rng(devices=[]), self.passes():
+            for number, batch in enumerate(micro, start=rank_and_world()[0] * len(micro)):
+                reseed(self.seed, "dropout", self.step, index, number)
+                each = turn.loss(self.nets, self.teacher, batch)
+                mean = each.sum() / count
+                last = len(losses) == len(micro) - 1
+                self._backward(mean if scaler is None else scaler.scale * mean, turn, last)
+                losses.append(each.detach())
+        return losses
 
     def _update(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take the step of the players whose gradients have these norms. Returns what the log tells of it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from limbeck import bench, checkpoint, cli, config, loop, methods, passes, resources, run
 from limbeck.denoiser import Denoiser, Preconditioned, Rescaled
 from limbeck.exact import Gaussian
+from limbeck.game import Game
 from limbeck.generator import OneStep, Trajectory
 from limbeck.methods import pid
 from limbeck.networks import ADM, MLP, DiT, SongUNet
@@ -422,6 +423,49 @@ def test_a_compiler_that_fails_later_says_so_too(monkeypatch: pytest.MonkeyPatch
             one.advance(noise())
     assert lines == ["compile: failed (RuntimeError: a shape that is new); the networks run uncompiled"]
     assert torch.equal(weights(made), weights(plain))
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, whose backward pass fails once it is told to."""
+
+    now = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if Spoiled.now:
+            raise RuntimeError("a kernel\nthat is not there")
+        return gradient
+
+
+def test_compiled_code_that_fails_in_a_later_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn begins again without it, from the states that it found: the run of one that was never compiled."""
+
+    def compiled(call: Any) -> Any:
+        def made(*args: Any) -> Any:
+            out = call(*args)
+            return tuple(map(Spoiled.apply, out)) if isinstance(out, tuple) else Spoiled.apply(out)
+
+        return made
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(Spoiled, "now", False)
+    waiting = M["diff_instruct"](game=Game(settle=3))  # a state that adds up losses over turns
+    made, plain = (Trainer(waiting, denoiser(), denoiser(), steps=9) for _ in range(2))
+    lines: list[str] = []
+    made.compile(noise(), lines.append)
+    for step in range(4):
+        Spoiled.now = step == 1
+        for one in (made, plain):
+            one.advance(noise())
+        assert made.passes.compiled == (step < 1)
+    assert lines == ["compile: failed (RuntimeError: a kernel that is not there); the networks run uncompiled"]
+    assert torch.equal(weights(made), weights(plain))
+    for name, buffer in plain.nets.named_buffers():
+        assert torch.equal(buffer, made.nets.get_buffer(name)), name
 
 
 def test_gated_turns_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
