@@ -54,6 +54,7 @@ class DMD:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
     warm_start: ClassVar[bool] = True
+    steps: ClassVar[int] = 3400  # of three calls of the generator each
 
     levels: Law = field(default_factory=LogNormal)
     regression: float = 0.25

@@ -51,7 +51,7 @@ class DMD2:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
     warm_start: ClassVar[bool] = True
-    steps: ClassVar[int] = 1400  # of six turns each
+    steps: ClassVar[int] = 1000  # of six turns each
 
     levels: Law = field(default_factory=LogNormal)
     game: Game = field(default_factory=lambda: Game(fake_steps=5, adversarial=Adversarial(weight=3e-3)))

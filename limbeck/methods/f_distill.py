@@ -62,7 +62,7 @@ class FDistill:
     product: ClassVar[str] = "generator"
     needs_real: ClassVar[bool] = True
     warm_start: ClassVar[bool] = True
-    steps: ClassVar[int] = 3000  # of three turns each
+    steps: ClassVar[int] = 2200  # of three turns each
 
     divergence: str = "jensen_shannon"
     levels: Law = field(default_factory=LogNormal)
