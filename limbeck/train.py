@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.denoiser import Denoiser
-from limbeck.device import CPU
+from limbeck.device import CPU, is_out_of_memory
 from limbeck.distributed import Exchange, alive, local, rank_and_world, total, total_of_all
 from limbeck.ema import EMA, Average
 from limbeck.generator import Generator
@@ -169,10 +169,11 @@ class Trainer:
         before = {name: [b.clone() for b in net.buffers()] for name, net in kept.items()}
         key = "+".join(turn.players)
         scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
+        compiled = self.passes.compiled and alone
         try:
             losses = self._differentiate(index, turn, micro, count, scaler)
         except Exception as error:
-            if not (self.passes.compiled and alone):
+            if not compiled or is_out_of_memory(error):
                 raise
             # compiled code that fails in a backward pass, whatever by: the turn begins again without it
             self.passes.give_up(error)

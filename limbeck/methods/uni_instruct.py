@@ -131,7 +131,7 @@ class UniInstruct:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     product: ClassVar[str] = "generator"
     warm_start: ClassVar[bool] = True
-    steps: ClassVar[int] = 3500  # its critic counts late
+    steps: ClassVar[int] = 3500  # two minutes on ring8, as the others
 
     divergence: str = "jensen_shannon"
     as_released: bool = False
