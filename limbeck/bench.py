@@ -296,14 +296,12 @@ def bench(
         with Kept(trainer) as kept, resources.Watch(resources.standing(trainer)) as watch:
             for _ in range(rounds[name]):
                 trainer.advance(source)
-        told[name] = (
-            _counts(trainer, rounds[name] * recipes[name].batch, meter)
-            | {"batch": recipes[name].batch}
-            | {
-                "graph_mib": round(kept.peak / 2**20, 2),
-                "step_mib": round(watch.top / 2**20, 2),
-            }
-        )
+        batch = recipes[name].batch
+        told[name] = _counts(trainer, rounds[name] * batch, meter) | {
+            "batch": batch,
+            "graph_mib": round(kept.peak / 2**20, 2),
+            "step_mib": round(watch.top / 2**20, 2),
+        }
     parts: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in sides}
     around: dict[str, list[float]] = {name: [] for name in sides}
     peaks = [matmul_peak(device=place)]

@@ -240,7 +240,6 @@ class Game:
         call: int | None = None,
         judged: bool = True,
         graph: bool = True,
-        x: Tensor | None = None,
     ) -> View:
         """What the generator's turn looks at.
 
@@ -249,9 +248,8 @@ class Game:
             call: of a few-step generator, see `turns`.
             judged: ask the critic, if there is one.
             graph: keep the graph of both estimates to the samples.
-            x: samples, if they are not those of the batch's latents.
         """
-        x = sample(nets["generator"], batch, call) if x is None else x
+        x = sample(nets["generator"], batch, call)
         sigma = levels.scaled(teacher.unit).quantile(batch.u)
         noisy = perturb(x, sigma, batch.eps)
         fake = cast(Denoiser, nets["fake"])

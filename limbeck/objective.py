@@ -48,7 +48,7 @@ class Batch:
         coin: a second uniform (B,), for choices such as dropped labels.
         direction: a second unit noise (B, *shape), with `real`.
         pairs: latents and what the teacher's ODE makes of them, for methods that regress on them.
-        x: samples (B, *shape) that the generator has made of `z` already, with or without their graph.
+        x: samples (B, *shape) to take for the generator's of `z`, with or without their graph; None = to be made.
         total: samples of the whole turn, over all micro-batches of all processes; None = of this process's batches.
     """
 

@@ -165,11 +165,12 @@ class Trainer:
         count = micro[0].total or own
         states = {name: net for name, net in self.nets.items() if isinstance(net, State)}
         alone = rank_and_world()[1] == 1
-        kept = {} if alone and not self.passes.compiled else states
+        compiled = alone and self.passes.compiled
+        kept = states if compiled or not alone else {}
         before = {name: [b.clone() for b in net.buffers()] for name, net in kept.items()}
         key = "+".join(turn.players)
         scaler = self.scalers.setdefault(key, Scaler()) if self.passes.scaled else None
-        compiled = self.passes.compiled and alone
+        losses: list[Tensor] | None = None
         try:
             losses = self._differentiate(index, turn, micro, count, scaler)
         except Exception as error:
@@ -177,6 +178,7 @@ class Trainer:
                 raise
             # compiled code that fails in a backward pass, whatever by: the turn begins again without it
             self.passes.give_up(error)
+        if losses is None:  # out of the handler, which holds the graph that has failed
             for name, buffers in before.items():
                 for buffer, old in zip(states[name].buffers(), buffers, strict=True):
                     buffer.copy_(old)

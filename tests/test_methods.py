@@ -39,7 +39,7 @@ CASES["sida, judged"] = M["sida"](game=Game(adversarial=Adversarial(weight=0.1, 
 CASES["few steps"] = M["sid"](game=Game(calls=3))
 CASES["critics"] = M["sim"](game=Game(adversarial=Adversarial(weight=0.1, loss="hinge", weighting="edm", r1=0.1)))
 CASES["settling"] = M["diff_instruct"](game=Game(settle=2))
-CASES["joint"] = M["sid"](game=Game(joint=True, calls=2, settle=2))
+CASES["joint"] = M["sid"](game=Game(joint=True, calls=2))
 CASES["joint, judged"] = M["dmd2"](game=Game(joint=True, fake_steps=2, adversarial=Adversarial(weight=0.01, r1=0.1)))
 CASES["sid, NaN dropped"] = M["sid"](nan="drop", normalizer="none")
 

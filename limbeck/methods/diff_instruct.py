@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -94,11 +94,10 @@ class DiffInstruct:
         self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
     ) -> Tensor:
         """Per-sample surrogate (B,) whose gradient is the integral KL's, and the adversarial loss if there is one."""
-        x = None
         if self.updated_at is not None:
-            x = cast(Direct, nets["generator"]).at(batch.z, self.updated_at, batch.cond)
+            batch = replace(batch, x=cast(Direct, nets["generator"]).at(batch.z, self.updated_at, batch.cond))
         with _equal_dropout(teacher, nets["fake"]) if self.dropout_replay else contextlib.nullcontext():
-            view = self.game.view(nets, teacher, batch, self.levels, call, judged, graph=False, x=x)
+            view = self.game.view(nets, teacher, batch, self.levels, call, judged, graph=False)
         weight = 1.0 if self.weight == "uniform" else l1_scale(view.x / teacher.unit, view.real / teacher.unit)
         score_loss = diff_instruct_loss(view.x, view.fake, view.real, weight) / teacher.unit**2
         return score_loss + self.game.adversarial_loss(view)
