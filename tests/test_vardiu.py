@@ -613,6 +613,29 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_the_study_in_short(runs: Path) -> None:
+    """VarDiU's cell of the study, of a thousand steps at a higher rate: an untrained generator scores -0.04, -28 and 0.
+
+    Seeds 0, 1 and 2 gave log MMD^2 -3.4 to -3.0, log densities -11.8 to -11.2 and 0.18 to 0.30 of the modes.
+    """
+    path, steps = ROOT / "studies" / "vardiu-mog40.toml", 1000
+    cells = compare.cells_of(config.read_toml(path), path, None)
+    (recipe,) = (r for name, _, r in cells if name == "VarDiU_Gaussian-seed_0")
+    table = config.to_table(recipe)
+    table["optimizer"] = {player: {**told, "lr": 5e-4} for player, told in table["optimizer"].items()}
+    table |= {
+        "steps": steps,
+        "every": {"sample": 0},
+        "evaluate": {"samples": 4000, "teacher_steps": 2, "mmd_scale": 1.0},
+    }
+    table["method"]["anneal"] = steps * recipe.batch // 2
+    told = limbeck.distill(
+        table.pop("teacher"), table.pop("method"), out=runs / "short", tell=lambda line: None, **table
+    )
+    scores = told["student"]["metrics"]
+    assert scores["log_mmd2"] < -2.8 and scores["log_density"] > -12.5 and scores["mode_recall"] >= 0.15
+
+
 @pytest.mark.parametrize("kind", ["diagonal", "full", "flow"])
 def test_runs_in_the_plane(kind: str, runs: Path) -> None:
     generator = {"network": "perceptron", "width": 8, "depth": 2, "noise": 1}
