@@ -614,7 +614,7 @@ TINY: dict[str, Any] = {
 
 
 def test_the_study_in_short(runs: Path) -> None:
-    """VarDiU's cell of the study, of a thousand steps at a higher rate: an untrained generator scores -0.04, -28 and 0.
+    """VarDiU's cell of the study, of a thousand steps at a higher rate: untrained it scores -0.01, -29 and 0.
 
     Seeds 0, 1 and 2 gave log MMD^2 -3.4 to -3.0, log densities -11.8 to -11.2 and 0.18 to 0.30 of the modes.
     """
