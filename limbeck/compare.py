@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from limbeck import config, device, folder, loop, methods, report, run, summary, teachers
+from limbeck import config, device, folder, loop, methods, report, run, teachers
 from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge, measure
@@ -102,11 +102,6 @@ def compare(
     solved: dict[str, dict[str, float]] = {}
     recipes = {name: recipe for name, _, recipe in cells}
     scored = {_teacher_key(recipes[name], row["hashes"]): row["teacher_scores"] for name, row in earlier.items()}
-    watched: dict[str, dict[str, float]] = {
-        _teacher_key(recipes[name], row["hashes"]): row["teacher_watched"]
-        for name, row in earlier.items()
-        if "teacher_watched" in row
-    }
     for number, (name, settings, recipe) in enumerate(chosen, 1):
         tell(f"[{number}/{len(chosen)}] {name}")
         job = run.distillation(recipe, out / name, tell, judge=judges[name])
@@ -120,9 +115,7 @@ def compare(
             solved[key] = solved.get(key) or _euler_scores(recipe, judges[name])
             row["euler"] = {"metrics": solved[key]}
         if row.get("history") and recipe.evaluate.watched != recipe.evaluate.samples:
-            watched[teacher] = watched.get(teacher) or _teachers_watched(recipe, judges[name])
-            row["teacher_watched"] = watched[teacher]
-            row["history"] = levelled(row["history"], watched[teacher], row["teacher_scores"]["metrics"])
+            row["history"] = levelled(row["history"], row["student"]["metrics"])
         made[name] = row
     found = earlier | made
     rows = [found[name] for name, _, _ in cells if name in found]
@@ -375,23 +368,17 @@ class _EulerSampler:
         return euler(self.teacher, z, sigmas=self.levels, cond=cond)
 
 
-def _teachers_watched(recipe: Recipe, judge: Judge) -> dict[str, float]:
-    """What the teacher scores where a run's watched scores are from: as many samples, the same noise and reference."""
-    teacher = teachers.load(recipe.teacher or "").to(device.chosen(recipe.device))
-    return summary.watched(teacher, judge, recipe.evaluate)
+def levelled(history: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What was watched, with the distances moved so that they end at the final scores, which are of the same weights.
 
-
-def levelled(
-    history: Sequence[Mapping[str, Any]], watched: Mapping[str, float], final: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """What was watched, without what its few samples add: as much as they add to the teacher's final scores.
-
-    MMD is levelled by its square, to which few samples add.
+    Fewer samples and another part of the reference add to all distances of a run by about the same amount, but not to
+    those of other models by as much. MMD is moved by its square, to which few samples add.
     """
-    more = {name: watched[name] - final[name] for name in watched if name in final}
+    last = history[-1]["metrics"]
+    more = {name: final[name] - last[name] for name in last if name in final and aims_low(name)}
     rows = []
     for row in history:
-        metrics = {name: value - more.get(name, 0.0) for name, value in row["metrics"].items()}
+        metrics = {name: value + more.get(name, 0.0) for name, value in row["metrics"].items()}
         if "mmd2" in metrics:
             gap = max(metrics["mmd2"], 0.0)
             metrics |= {"mmd": math.sqrt(gap), "log_mmd2": math.log(max(gap, 1e-300))}

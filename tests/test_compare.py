@@ -116,25 +116,31 @@ def test_the_target_is_where_a_run_first_comes_near_its_teacher(tmp_path: Path, 
         (row,) = compare.compare(tmp_path / "study.toml", tmp_path / "out", lambda line: None)["summary"]
         assert row["reached"] == told
         assert row["images until"] == (3 * tiny["batch"] if target > 1 else None)
+    for row in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]:
+        assert row["history"][-1]["metrics"]["mmd"] == pytest.approx(row["student"]["metrics"]["mmd"])
 
 
-def test_what_few_samples_add_is_taken_off() -> None:
-    rows = [{"images": 1, "metrics": {"fd": 3.0, "recall": 0.5, "other": 7.0}}]
-    (row,) = compare.levelled(rows, {"fd": 2.5, "recall": 0.7}, {"fd": 1.0, "recall": 0.75, "c2st": 0.5})
-    assert row == {"images": 1, "metrics": {"fd": 1.5, "recall": pytest.approx(0.55), "other": 7.0}}
+def test_distances_on_the_way_end_at_the_final_ones() -> None:
+    history = [
+        {"images": n, "metrics": {"fd_feature": fd, "recall": 0.25 * n, "fd_pixel": 7.0}}
+        for n, fd in ((1, 3.0), (2, 2.0))
+    ]
+    first, last = compare.levelled(history, {"fd_feature": 1.25, "recall": 0.75, "kid": 0.5})
+    assert first == {"images": 1, "metrics": {"fd_feature": 2.25, "recall": 0.25, "fd_pixel": 7.0}}
+    assert last == {"images": 2, "metrics": {"fd_feature": 1.25, "recall": 0.5, "fd_pixel": 7.0}}
 
 
-def test_mmd_is_levelled_by_its_square() -> None:
+def test_mmd_is_moved_by_its_square() -> None:
     """Few samples add to MMD squared; a difference of roots or logarithms is larger where the score is small."""
 
     def told(gap: float) -> dict[str, float]:
         return {"mmd": math.sqrt(gap), "mmd2": gap, "log_mmd2": math.log(gap)}
 
-    history = [{"images": n, "metrics": told(gap)} for n, gap in ((1, 0.9), (2, 0.05), (3, 0.02))]
-    for row, gap in zip(compare.levelled(history, told(0.04), told(0.01)), (0.87, 0.02, 0.0), strict=True):
-        assert row["metrics"]["mmd2"] == pytest.approx(gap - 0.01 * (gap == 0.0), abs=1e-15)
-        assert row["metrics"]["mmd"] == pytest.approx(math.sqrt(gap))
-        assert row["metrics"]["log_mmd2"] == pytest.approx(math.log(gap or 1e-300))
+    history = [{"images": n, "metrics": told(gap)} for n, gap in ((1, 0.9), (2, 0.02), (3, 0.04))]
+    for row, gap in zip(compare.levelled(history, told(0.01)), (0.87, -0.01, 0.01), strict=True):
+        assert row["metrics"]["mmd2"] == pytest.approx(gap, abs=1e-15)
+        assert row["metrics"]["mmd"] == pytest.approx(math.sqrt(max(gap, 0.0)))
+        assert row["metrics"]["log_mmd2"] == pytest.approx(math.log(gap) if gap > 0 else math.log(1e-300))
 
 
 def test_scores_may_be_means_of_the_last_ones_on_the_way(tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -325,19 +331,6 @@ def test_a_teacher_is_scored_once(tmp_path: Path, tiny: dict[str, Any], monkeypa
     assert teachers_scored("three", base, tmp_path / "half.json") == (0, whole)
     count, other = teachers_scored("four", {**base, "evaluate": {**base["evaluate"], "seed": 5}})
     assert count == 1 and other[0] != whole[0]
-    # nor is it watched twice, where scores on the way are levelled by it
-    watched: list[str] = []
-    watch = compare._teachers_watched
-    monkeypatch.setattr(compare, "_teachers_watched", lambda *a: watched.append("") or watch(*a))
-    base = {**base, "every": {"evaluate": 3, "sample": 0}}
-    teachers_scored("five", base)
-    told = json.loads((tmp_path / "five" / "comparison.json").read_text())
-    (tmp_path / "half.json").write_text(json.dumps({**told, "rows": told["rows"][:1]}))
-    teachers_scored("six", base, tmp_path / "half.json")
-    again = json.loads((tmp_path / "six" / "comparison.json").read_text())
-    assert len(watched) == 1
-    for one, other in zip(told["rows"], again["rows"], strict=True):
-        assert [entry["metrics"] for entry in one["history"]] == [entry["metrics"] for entry in other["history"]]
 
 
 def test_workers_make_what_one_process_makes(tmp_path: Path, tiny: dict[str, Any]) -> None:
