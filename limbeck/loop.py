@@ -400,6 +400,7 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Mo
         "processes": rank_and_world()[1],
         "compile": job.recipe.compile,
         "device": job.trainer.device.type,
+        "steps": job.recipe.steps,
         "identity": job.origin,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -440,7 +441,10 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
         return 0.0, None, Monitor()
     if state["identity"] != job.origin:
         raise ValueError(f"out: {job.out} was begun with another teacher, data set or generator of the same name")
+    steps = job.recipe.steps
+    decays = any(optimizer.schedule != "constant" for optimizer in job.recipe.optimizer.values())
     for name, was, now in (
+        ("steps", state.get("steps", steps) if decays else steps, steps),  # rates fall towards the last step
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),
         ("micro_batches", state.get("micro_batches", job.parts), job.parts),

@@ -617,6 +617,19 @@ def test_other_threads_or_versions_are_told(tmp_path: Path, distill: Any, name: 
     assert sum(line.startswith(f"{name}: ") and "not be bit-equal" in line for line in told) == 1
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_more_steps_are_another_schedule(tmp_path: Path, distill: Any, weights: Any, schedule: str) -> None:
+    keys = {"optimizer": {"generator": {"lr": 1e-3, "schedule": schedule}}}
+    distill(tmp_path / "whole", steps=6, **keys)
+    distill(tmp_path / "r", steps=4, **keys)
+    told = Told()
+    distill(tmp_path / "r", steps=6, tell=told, **keys)
+    line = "steps: 4 before, 6 now; results will not be bit-equal to an uninterrupted run"
+    assert (line in told) == (schedule == "cosine")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "r")
+    assert all(torch.equal(one[name], other[name]) for name in one) == (schedule == "constant")
+
+
 def test_fewer_steps_are_refused(whole: Path, distill: Any) -> None:
     before = snapshot(whole)
     with pytest.raises(ValueError, match=r"^steps: .*can grow but not shrink"):
