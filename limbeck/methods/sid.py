@@ -32,8 +32,8 @@ few steps              ``game.calls``: their number goes round     the code draw
 guidance               ``game.guidance``, off                      SiD-LSG: k1 = k2 = k3 = k4 = 1.5 (long: k4 only)
 ``levels``             log-normal, as the fake score's: on digits  the paper: EDM's sampling levels up to quantile 0.8,
                        0.067 against 0.072 (fd_feature, means of   ``levels = {stop = 0.8}``
-                       three seeds), and 1.9 times fewer images
-                       to the paper's quality
+                       three seeds), and 1.4 to 2.3 times fewer
+                       images to the paper's quality
 =====================  ==========================================  ==================================================
 """
 
