@@ -5,6 +5,7 @@ N(a (x_s - m) / P, s^2 / P).
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -600,6 +601,25 @@ def test_the_study_has_the_settings_of_the_paper(name: str) -> None:
             assert method.anneal == 128 * 0.95 * min(recipe.steps, 200_000)
         else:
             assert recipe.batch == 256 and method.game.fake_steps == (10 if "10" in settings["variant"] else 1)
+
+
+@pytest.mark.parametrize("name", ["vardiu-mog40", "vardiu-mog40-learned"])
+def test_the_study_has_what_the_trials_chose(name: str) -> None:
+    """Of methods whose four trials are made; a method over a million steps, and the flow, have those of its base."""
+    result = json.loads((ROOT / "results" / "vardiu-mog40-tuning.json").read_text())
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for row in result["summary"]:
+        trials.setdefault(row["variant"], []).append(row)
+    best = {of: min(rows, key=lambda row: row["student"]) for of, rows in trials.items() if len(rows) == 4}
+    assert {"VarDiU Gaussian", "Diff-Instruct 1"} <= best.keys()
+    path = ROOT / "studies" / f"{name}.toml"
+    for cell, settings, recipe in compare.cells_of(config.read_toml(path), path, None):
+        base = settings["variant"].removesuffix(" 1M").replace("flow", "Gaussian")
+        if base in best:
+            second = "posterior" if isinstance(recipe.method, VarDiU) else "fake"
+            chosen = best[base]
+            assert cast(Any, recipe.method).levels.sigma_min == chosen["method.levels.sigma_min"], cell
+            assert recipe.optimizer[second].lr == chosen[f"optimizer.{second}.lr"], cell
 
 
 @pytest.fixture(scope="module")
