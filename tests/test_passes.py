@@ -507,7 +507,8 @@ def test_micro_batches_are_chosen_to_fit(tmp_path: Path, monkeypatch: pytest.Mon
 
     def go(free: float, steps: int) -> tuple[str, dict[str, Any]]:
         monkeypatch.setattr(resources, "free_memory", lambda device: round(free))
-        assert cli.main(arguments(out, batch=16, micro_batches=0, steps=steps)) == 0
+        constant = {"optimizer.generator.schedule": "constant"}  # more steps of a falling rate are another run
+        assert cli.main(arguments(out, batch=16, micro_batches=0, steps=steps, **constant)) == 0
         return capsys.readouterr().err, json.loads((out / "report.json").read_text())
 
     def newest() -> int:
