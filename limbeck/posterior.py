@@ -34,9 +34,10 @@ class Encoder(nn.Module):
     Args:
         template: tells the network's kind and arguments, and the data's scale.
         channels: outputs; of an image as many values per pixel.
+        raw: read x and sigma as they are, not x at unit variance and c_noise.
     """
 
-    def __init__(self, template: Denoiser, channels: int) -> None:
+    def __init__(self, template: Denoiser, channels: int, raw: bool = False) -> None:
         super().__init__()
         if not isinstance(template, Preconditioned) or not hasattr(template.network, "arguments"):
             raise ValueError("template: a posterior is built from one of Limbeck's networks; set template.network")
@@ -44,11 +45,13 @@ class Encoder(nn.Module):
         shape = (max(first, channels), *rest)
         network = networks.like(template.network, shape, template.classes)
         self.home = Preconditioned(network, shape, template.classes, template.sigma_data)
-        self.channels, self.padding = channels, shape[0] - first
+        self.channels, self.padding, self.raw = channels, shape[0] - first, raw
 
     def inputs(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the network reads: x at unit variance (B, *shape), c_noise (B,) and condition rows."""
+        """What the network reads of a sample (B, *shape), its level (B,) and its condition rows."""
         home = self.home
+        if self.raw:
+            return x, sigma.expand(len(x)), home.labels(cond, x)
         scaled = x / (expand(sigma, x) ** 2 + home.sigma_data**2).sqrt()
         return scaled, home.c_noise(sigma, x), home.labels(cond, x)
 
@@ -69,13 +72,13 @@ class Posterior(nn.Module):
 class Diagonal(Posterior):
     """N(m, diag(v)^2); of images in every pixel and channel, with z of the images' shape up to channels."""
 
-    def __init__(self, template: Denoiser, latents: tuple[int, ...]) -> None:
+    def __init__(self, template: Denoiser, latents: tuple[int, ...], raw: bool = False) -> None:
         super().__init__()
         if template.shape[1:] != latents[1:]:
             raise ValueError(
                 f"posterior: latents of shape {latents} do not fit samples of shape {template.shape} pixel by pixel"
             )
-        self.encoder = Encoder(template, 2 * latents[0])
+        self.encoder = Encoder(template, 2 * latents[0], raw)
 
     def forward(self, z: Tensor, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         mean, raw = self.encoder(x, sigma, cond).chunk(2, 1)
@@ -85,11 +88,11 @@ class Diagonal(Posterior):
 class Full(Posterior):
     """N(m, L L^T) for points: d + d (d + 1) / 2 outputs."""
 
-    def __init__(self, template: Denoiser, latents: tuple[int, ...]) -> None:
+    def __init__(self, template: Denoiser, latents: tuple[int, ...], raw: bool = False) -> None:
         super().__init__()
         _points("full", template.shape, latents)
         (d,) = latents
-        self.encoder = Encoder(template, d + d * (d + 1) // 2)
+        self.encoder = Encoder(template, d + d * (d + 1) // 2, raw)
 
     def forward(self, z: Tensor, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         d = z.shape[1]
@@ -105,7 +108,9 @@ class SplineFlow(Posterior):
     in the tails of z ~ N(0, I).
     """
 
-    def __init__(self, template: Denoiser, latents: tuple[int, ...], transforms: int = 4, width: int = 128) -> None:
+    def __init__(
+        self, template: Denoiser, latents: tuple[int, ...], raw: bool = False, transforms: int = 4, width: int = 128
+    ) -> None:
         super().__init__()
         _points("flow", template.shape, latents)
         try:
@@ -113,7 +118,7 @@ class SplineFlow(Posterior):
         except ImportError:
             raise ValueError("posterior: the flow needs the package zuko; pip install 'limbeck[flow]'") from None
         (d,) = latents
-        self.encoder = Encoder(template, 2 * d)
+        self.encoder = Encoder(template, 2 * d, raw)
         context = template.shape[0] + 1 + template.classes
         flow = zuko.flows.NSF(d, context, transforms=transforms, hidden_features=(width, width))
         self.splines: nn.Module = flow.transform
@@ -126,14 +131,17 @@ class SplineFlow(Posterior):
         return log_normal(straight, mean, functional.softplus(raw) * relative(sigma, self.encoder, z)) + log_volume
 
 
-def build(kind: Kind, template: Denoiser, generator: Generator) -> Posterior:
+def build(kind: Kind, template: Denoiser, generator: Generator, raw: bool = False) -> Posterior:
     """A fresh posterior of `generator`'s latents.
+
+    Args:
+        raw: it reads x and sigma as they are.
 
     Raises:
         ValueError: if it cannot read the samples, or its package is missing.
     """
     made: Any = {"diagonal": Diagonal, "full": Full, "flow": SplineFlow}[kind]
-    posterior: Posterior = made(template, generator.latent_shape)
+    posterior: Posterior = made(template, generator.latent_shape, raw)
     return posterior
 
 

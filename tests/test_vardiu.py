@@ -484,6 +484,29 @@ def test_std_is_softplus_in_units_of_the_noise() -> None:
         assert q(z, x, f64([s])).item() == pytest.approx(-2 * math.log(std * math.sqrt(2 * math.pi)), rel=1e-6)
 
 
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("kind", ["diagonal", "full", "flow"])
+def test_what_the_posterior_reads(kind: posterior.Kind, raw: bool) -> None:
+    """At unit variance, with ln(sigma / (2 sigma_data)) / 4, samples of twice the scale look alike; raw they do not."""
+    values = []
+    for scale in (1.0, 2.0):
+        template = Preconditioned(Perceptron((2,), 0, 8, 2), (2,), 0, 3.0 * scale)
+        torch.manual_seed(0)
+        q = VarDiU(posterior=kind, raw_inputs=raw).players(template, Direct(template))["posterior"]
+        shaken(q)
+        z, x = f64([[0.3, -0.2]]), f64([[1.0, -4.0]])
+        values.append(q(z, scale * x, f64([0.7 * scale])).item())
+    assert (values[0] == pytest.approx(values[1], rel=1e-6)) != raw
+
+
+def test_raw_inputs_are_the_sample_and_its_level() -> None:
+    template = Preconditioned(Perceptron((2,), 0, 8, 2), (2,), 0, 3.0)
+    encoder = Encoder(template, 4, raw=True).double()
+    x, sigma = f64([[1.0, -40.0], [7.0, 2.0]]), f64([0.1, 20.0])
+    padded = torch.cat([x, torch.zeros(2, 2, dtype=torch.float64)], 1)
+    assert torch.equal(encoder(x, sigma), encoder.home.network(padded, sigma))
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 4)])
 def test_images_have_a_posterior_of_every_pixel(shape: tuple[int, ...]) -> None:
     template = Preconditioned(DiT(shape, 10, 2, 16, 1, 2), shape, 10, SD)
@@ -599,6 +622,7 @@ def test_the_study_has_the_settings_of_the_paper(name: str) -> None:
             # 256 points a step, both signs of the noise; 190 of the first 200 thousand steps, or that share
             assert recipe.batch == 128 and method.antithetic and (method.first_power, method.levels.power) == (0.1, 2.0)
             assert method.anneal == 128 * 0.95 * min(recipe.steps, 200_000)
+            assert method.raw_inputs == ("scaled inputs" not in settings["variant"])
         else:
             assert recipe.batch == 256 and method.game.fake_steps == (10 if "10" in settings["variant"] else 1)
 

@@ -34,7 +34,12 @@ learned teacher        EDM's preconditioning, weight and           the code: pre
                        cosine, a moving average                    of 10, Adam at 5e-5, no average
 flow                   rational-quadratic splines, coordinates     the code: LU permutations between splines
                        reversed between them
-network inputs         scaled by the noise level, as EDM's         the code: raw values, sigma appended twice
+``raw_inputs``         off: the posterior reads x at unit          on: x and sigma as they are, as the code, which
+                       variance and ln(sigma) / 4, as EDM's        appends sigma twice. On `mog40`, of scale 23, it
+                       networks                                    finds the modes' shares better: -5.5 against -4.8
+                                                                   (log MMD^2, 110,000 steps, one seed)
+network inputs         scaled by the noise level, as EDM's         the code: raw values, for a learned teacher and the
+                                                                   baseline's fake score too
 =====================  ==========================================  ==================================================
 """
 
@@ -107,6 +112,7 @@ class VarDiU:
         control_variate: (D - x) / sigma^2 in the place of the teacher's score, equal to it in the mean.
         antithetic: each latent with both signs of its noise.
         posterior: diagonal, full or flow; full and flow read points.
+        raw_inputs: the posterior reads samples and levels as they are.
         sigma_init: level at which the generator calls its network.
         levels: law of the noise after annealing.
         first_power: the law's power at the start: below 1 most draws are near sigma_max.
@@ -122,6 +128,7 @@ class VarDiU:
     control_variate: bool = True
     antithetic: bool = True
     posterior: posteriors.Kind = "diagonal"
+    raw_inputs: bool = False
     sigma_init: float = 2.5
     levels: Power = field(default_factory=lambda: Power(0.002, 0.5, 2.0))
     first_power: float = 0.1
@@ -143,7 +150,8 @@ class VarDiU:
             generator = OneStep(copy.deepcopy(template), self.sigma_init * template.unit)
         elif generator.shape != template.shape:
             raise ValueError(f"generator: makes samples of shape {generator.shape}, the teacher's are {template.shape}")
-        return {"generator": generator, "posterior": posteriors.build(self.posterior, template, generator)}
+        posterior = posteriors.build(self.posterior, template, generator, self.raw_inputs)
+        return {"generator": generator, "posterior": posterior}
 
     def optimizers(self) -> dict[str, Optimizer]:
         return {
