@@ -658,13 +658,13 @@ TINY: dict[str, Any] = {
 
 
 def test_the_study_in_short(runs: Path) -> None:
-    """VarDiU's cell of the study, of a thousand steps at a higher rate: untrained it scores -0.01, -29 and 0.
+    """A cell of VarDiU in the study, of a thousand steps at a higher rate: untrained it scores -0.01, -29 and 0.
 
-    Seeds 0, 1 and 2 gave log MMD^2 -3.4 to -3.0, log densities -11.8 to -11.2 and 0.18 to 0.30 of the modes.
+    Seeds 0, 1 and 2 gave log MMD^2 -4.4 to -3.8, log densities -11.4 to -9.8 and 0.35 to 0.43 of the modes.
     """
     path, steps = ROOT / "studies" / "vardiu-mog40.toml", 1000
     cells = compare.cells_of(config.read_toml(path), path, None)
-    (recipe,) = (r for name, _, r in cells if name == "VarDiU_Gaussian-seed_0")
+    (recipe,) = (r for name, _, r in cells if name == "VarDiU_released_weight-seed_0")
     table = config.to_table(recipe)
     table["optimizer"] = {player: {**told, "lr": 5e-4} for player, told in table["optimizer"].items()}
     table |= {
@@ -677,7 +677,7 @@ def test_the_study_in_short(runs: Path) -> None:
         table.pop("teacher"), table.pop("method"), out=runs / "short", tell=lambda line: None, **table
     )
     scores = told["student"]["metrics"]
-    assert scores["log_mmd2"] < -2.8 and scores["log_density"] > -12.5 and scores["mode_recall"] >= 0.15
+    assert scores["log_mmd2"] < -3.5 and scores["log_density"] > -12.5 and scores["mode_recall"] >= 0.3
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full", "flow"])
