@@ -194,7 +194,7 @@ def _check_row(row: Mapping[str, Any], grid: Mapping[str, Any], where: str) -> N
     """
     metric, last = grid.get("metric", "fd_feature"), grid.get("last")
     try:
-        for key in ("settings", "hashes", *(["teacher_watched"] if "teacher_watched" in row else [])):
+        for key in ("settings", "hashes"):
             if not isinstance(row.get(key), dict):
                 raise ValueError(f"{where} lacks {key}")
         for key in ("steps", "images", "seconds"):

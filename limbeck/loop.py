@@ -441,10 +441,11 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
         return 0.0, None, Monitor()
     if state["identity"] != job.origin:
         raise ValueError(f"out: {job.out} was begun with another teacher, data set or generator of the same name")
+    # rates that fall do so towards the last step
+    falling = any(optimizer.schedule != "constant" for optimizer in job.recipe.optimizer.values())
     steps = job.recipe.steps
-    decays = any(optimizer.schedule != "constant" for optimizer in job.recipe.optimizer.values())
     for name, was, now in (
-        ("steps", state.get("steps", steps) if decays else steps, steps),  # rates fall towards the last step
+        ("steps", state.get("steps", steps) if falling else steps, steps),
         ("threads", state["threads"], torch.get_num_threads()),
         ("versions", state["versions"], versions()),
         ("micro_batches", state.get("micro_batches", job.parts), job.parts),

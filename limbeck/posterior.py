@@ -34,10 +34,10 @@ class Encoder(nn.Module):
     Args:
         template: tells the network's kind and arguments, and the data's scale.
         channels: outputs; of an image as many values per pixel.
-        raw: read x and sigma as they are, not x at unit variance and c_noise.
+        raw_inputs: read x and sigma as they are, not x at unit variance and c_noise.
     """
 
-    def __init__(self, template: Denoiser, channels: int, raw: bool = False) -> None:
+    def __init__(self, template: Denoiser, channels: int, raw_inputs: bool = False) -> None:
         super().__init__()
         if not isinstance(template, Preconditioned) or not hasattr(template.network, "arguments"):
             raise ValueError("template: a posterior is built from one of Limbeck's networks; set template.network")
@@ -45,13 +45,13 @@ class Encoder(nn.Module):
         shape = (max(first, channels), *rest)
         network = networks.like(template.network, shape, template.classes)
         self.home = Preconditioned(network, shape, template.classes, template.sigma_data)
-        self.channels, self.padding, self.raw = channels, shape[0] - first, raw
+        self.channels, self.padding, self.raw_inputs = channels, shape[0] - first, raw_inputs
 
     def inputs(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the network reads of a sample (B, *shape), its level (B,) and its condition rows."""
         home = self.home
-        if self.raw:
-            return x, sigma.expand(len(x)), home.labels(cond, x)
+        if self.raw_inputs:
+            return x, sigma.to(x).expand(len(x)), home.labels(cond, x)
         scaled = x / (expand(sigma, x) ** 2 + home.sigma_data**2).sqrt()
         return scaled, home.c_noise(sigma, x), home.labels(cond, x)
 
@@ -72,13 +72,13 @@ class Posterior(nn.Module):
 class Diagonal(Posterior):
     """N(m, diag(v)^2); of images in every pixel and channel, with z of the images' shape up to channels."""
 
-    def __init__(self, template: Denoiser, latents: tuple[int, ...], raw: bool = False) -> None:
+    def __init__(self, template: Denoiser, latents: tuple[int, ...], raw_inputs: bool = False) -> None:
         super().__init__()
         if template.shape[1:] != latents[1:]:
             raise ValueError(
                 f"posterior: latents of shape {latents} do not fit samples of shape {template.shape} pixel by pixel"
             )
-        self.encoder = Encoder(template, 2 * latents[0], raw)
+        self.encoder = Encoder(template, 2 * latents[0], raw_inputs)
 
     def forward(self, z: Tensor, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         mean, raw = self.encoder(x, sigma, cond).chunk(2, 1)
@@ -88,11 +88,11 @@ class Diagonal(Posterior):
 class Full(Posterior):
     """N(m, L L^T) for points: d + d (d + 1) / 2 outputs."""
 
-    def __init__(self, template: Denoiser, latents: tuple[int, ...], raw: bool = False) -> None:
+    def __init__(self, template: Denoiser, latents: tuple[int, ...], raw_inputs: bool = False) -> None:
         super().__init__()
         _points("full", template.shape, latents)
         (d,) = latents
-        self.encoder = Encoder(template, d + d * (d + 1) // 2, raw)
+        self.encoder = Encoder(template, d + d * (d + 1) // 2, raw_inputs)
 
     def forward(self, z: Tensor, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         d = z.shape[1]
@@ -109,7 +109,12 @@ class SplineFlow(Posterior):
     """
 
     def __init__(
-        self, template: Denoiser, latents: tuple[int, ...], raw: bool = False, transforms: int = 4, width: int = 128
+        self,
+        template: Denoiser,
+        latents: tuple[int, ...],
+        raw_inputs: bool = False,
+        transforms: int = 4,
+        width: int = 128,
     ) -> None:
         super().__init__()
         _points("flow", template.shape, latents)
@@ -118,7 +123,7 @@ class SplineFlow(Posterior):
         except ImportError:
             raise ValueError("posterior: the flow needs the package zuko; pip install 'limbeck[flow]'") from None
         (d,) = latents
-        self.encoder = Encoder(template, 2 * d, raw)
+        self.encoder = Encoder(template, 2 * d, raw_inputs)
         context = template.shape[0] + 1 + template.classes
         flow = zuko.flows.NSF(d, context, transforms=transforms, hidden_features=(width, width))
         self.splines: nn.Module = flow.transform
@@ -131,17 +136,17 @@ class SplineFlow(Posterior):
         return log_normal(straight, mean, functional.softplus(raw) * relative(sigma, self.encoder, z)) + log_volume
 
 
-def build(kind: Kind, template: Denoiser, generator: Generator, raw: bool = False) -> Posterior:
+def build(kind: Kind, template: Denoiser, generator: Generator, raw_inputs: bool = False) -> Posterior:
     """A fresh posterior of `generator`'s latents.
 
     Args:
-        raw: it reads x and sigma as they are.
+        raw_inputs: it reads x and sigma as they are.
 
     Raises:
         ValueError: if it cannot read the samples, or its package is missing.
     """
     made: Any = {"diagonal": Diagonal, "full": Full, "flow": SplineFlow}[kind]
-    posterior: Posterior = made(template, generator.latent_shape, raw)
+    posterior: Posterior = made(template, generator.latent_shape, raw_inputs)
     return posterior
 
 

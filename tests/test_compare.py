@@ -331,6 +331,15 @@ def test_a_teacher_is_scored_once(tmp_path: Path, tiny: dict[str, Any], monkeypa
     assert teachers_scored("three", base, tmp_path / "half.json") == (0, whole)
     count, other = teachers_scored("four", {**base, "evaluate": {**base["evaluate"], "seed": 5}})
     assert count == 1 and other[0] != whole[0]
+    # scores on the way, which are moved, are taken over as they were told
+    base = {**base, "every": {"evaluate": 3, "sample": 0}}
+    teachers_scored("five", base)
+    told = json.loads((tmp_path / "five" / "comparison.json").read_text())
+    (tmp_path / "half.json").write_text(json.dumps({**told, "rows": told["rows"][:1]}))
+    teachers_scored("six", base, tmp_path / "half.json")
+    again = json.loads((tmp_path / "six" / "comparison.json").read_text())
+    for one, other in zip(told["rows"], again["rows"], strict=True):
+        assert [entry["metrics"] for entry in one["history"]] == [entry["metrics"] for entry in other["history"]]
 
 
 def test_workers_make_what_one_process_makes(tmp_path: Path, tiny: dict[str, Any]) -> None:

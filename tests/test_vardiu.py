@@ -501,7 +501,7 @@ def test_what_the_posterior_reads(kind: posterior.Kind, raw: bool) -> None:
 
 def test_raw_inputs_are_the_sample_and_its_level() -> None:
     template = Preconditioned(Perceptron((2,), 0, 8, 2), (2,), 0, 3.0)
-    encoder = Encoder(template, 4, raw=True).double()
+    encoder = Encoder(template, 4, raw_inputs=True).double()
     x, sigma = f64([[1.0, -40.0], [7.0, 2.0]]), f64([0.1, 20.0])
     padded = torch.cat([x, torch.zeros(2, 2, dtype=torch.float64)], 1)
     assert torch.equal(encoder(x, sigma), encoder.home.network(padded, sigma))
