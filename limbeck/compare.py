@@ -93,9 +93,10 @@ def compare(
     judges = _checked(grid, path, out, cells)
     metrics = [grid.get("metric", "fd_feature"), *grid.get("also", [])]
     earlier = {} if known is None else _earlier(known, grid, cells, path, tell)
-    chosen = [cell for cell in cells if cell[0] not in earlier and fnmatch.fnmatchcase(cell[0], only)]
-    if not chosen and not earlier:
+    fitting = [cell for cell in cells if fnmatch.fnmatchcase(cell[0], only)]
+    if not fitting:
         raise ValueError(f"{path}: only: no cell is called like {only!r}; the first is {cells[0][0]}")
+    chosen = [cell for cell in fitting if cell[0] not in earlier]
     if workers > 1:
         _play_all([(recipe, out / name, name) for name, _, recipe in chosen], workers, tell)
     made: dict[str, dict[str, Any]] = {}

@@ -271,8 +271,9 @@ def test_a_comparison_in_parts_is_the_whole(
             Path(name).write_text(text)
         assert cli.main(["compare", "study.toml", "--out", "four", "--known", name]) == 2
         assert words in capsys.readouterr().err
-    assert cli.main(["compare", "study.toml", "--out", "four", "--only", "sid*"]) == 2
-    assert "only: no cell is called like 'sid*'; the first is seed_0" in capsys.readouterr().err
+    for known in ([], ["--known", "two/comparison.json"]):
+        assert cli.main(["compare", "study.toml", "--out", "four", "--only", "sid*", *known]) == 2
+        assert "only: no cell is called like 'sid*'; the first is seed_0" in capsys.readouterr().err
     assert not Path("four").exists()
 
 
