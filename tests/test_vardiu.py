@@ -162,8 +162,8 @@ def gradient(value: Tensor, *inputs: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, inputs, retain_graph=True)])
 
 
-def method(**fields: Any) -> VarDiU:
-    return VarDiU(levels=LAW, anneal=0, **fields)
+def method(weight: int = 2, **fields: Any) -> VarDiU:
+    return VarDiU(weight=weight, levels=LAW, anneal=0, **fields)
 
 
 EVERY = [
