@@ -651,6 +651,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("runs")
 
 
+def test_a_million_steps_find_the_modes() -> None:
+    """The stored run with the constant weight. Its log density, -7.9, misses the -7.3 hoped for: see LOG.md."""
+    result = json.loads((ROOT / "results" / "vardiu-mog40.json").read_text())
+    (row,) = (row for row in result["rows"] if row["settings"]["variant"] == "VarDiU released weight 1M")
+    (mean,) = (row for row in result["summary"] if row["variant"] == "VarDiU released weight 1M")
+    assert row["steps"] == 1_000_000 and row["recipe"]["method"]["as_released"]
+    for scores in (row["student"]["metrics"], mean):
+        assert scores["log_mmd2"] < -6 and scores["mode_recall"] >= 38 / 40
+
+
 TINY: dict[str, Any] = {
     "steps": 3, "batch": 8, "template": {"network": "perceptron", "width": 8, "depth": 2},
     "evaluate": {"samples": 100, "teacher_steps": 3}, "every": {"sample": 0}, "tell": lambda line: None,
