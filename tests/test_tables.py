@@ -106,3 +106,10 @@ def test_tables_show_a_dirty_tree(tables: ModuleType, monkeypatch: pytest.Monkey
         result = {"metric": "mmd", "summary": summary, "rows": [], "grid": {}, **WHERE, "commit": commit}
         monkeypatch.setattr(tables, "stored", lambda name, result=result: result)
         assert says in tables.table("a")
+
+
+def test_tables_name_every_machine(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"machine": {"processor": name}} for name in ("old", "new", "old")]
+    result = {"metric": "mmd", "summary": [{"seeds": 3, "student": 0.5, "images": 9}], "rows": rows, "grid": {}, **WHERE}
+    monkeypatch.setattr(tables, "stored", lambda name: result)
+    assert "torch 2, new and old, 1 thread.*" in tables.table("a")

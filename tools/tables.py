@@ -218,11 +218,14 @@ def lacking(result: dict[str, Any]) -> list[str]:
 
 
 def origin(result: dict[str, Any]) -> str:
-    """Where a result was measured."""
+    """Where a result was measured: the commit of its last writing, the processors of all rows."""
     where, known = result["machine"], result["commit"] or "unknown"
     commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
-    return ", ".join((commit, f"torch {result['versions']['torch']}", where["processor"], threads))
+    rows = result.get("rows", [])
+    machines = [row["machine"] for row in rows if "machine" in row] if isinstance(rows, list) else []
+    processors = " and ".join(sorted({each["processor"] for each in machines or [where]}))
+    return ", ".join((commit, f"torch {result['versions']['torch']}", processors, threads))
 
 
 def ledger(method: str) -> str:
