@@ -110,6 +110,7 @@ def test_tables_show_a_dirty_tree(tables: ModuleType, monkeypatch: pytest.Monkey
 
 def test_tables_name_every_machine(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"machine": {"processor": name}} for name in ("old", "new", "old")]
-    result = {"metric": "mmd", "summary": [{"seeds": 3, "student": 0.5, "images": 9}], "rows": rows, "grid": {}, **WHERE}
+    summary = [{"seeds": 3, "student": 0.5, "images": 9}]
+    result = {"metric": "mmd", "summary": summary, "rows": rows, "grid": {}, **WHERE}
     monkeypatch.setattr(tables, "stored", lambda name: result)
     assert "torch 2, new and old, 1 thread.*" in tables.table("a")
