@@ -222,7 +222,7 @@ def origin(result: dict[str, Any]) -> str:
     where, known = result["machine"], result["commit"] or "unknown"
     commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
-    rows = result.get("rows", [])
+    rows = result.get("rows", [])  # of a comparison a list, each with its machine; of cost.json a table without
     machines = [row["machine"] for row in rows if "machine" in row] if isinstance(rows, list) else []
     processors = " and ".join(sorted({each["processor"] for each in machines or [where]}))
     return ", ".join((commit, f"torch {result['versions']['torch']}", processors, threads))
