@@ -50,6 +50,7 @@ from limbeck.config import Recipe
 from limbeck.denoiser import Denoiser
 from limbeck.evaluate import Judge, measure
 from limbeck.files import check_folder, write_atomically
+from limbeck.glossary import METRICS
 from limbeck.machine import commit, machine, versions
 from limbeck.methods.pid import PID
 from limbeck.sample import euler
@@ -465,7 +466,7 @@ def _scores(row: Mapping[str, Any], last: int | None) -> Mapping[str, float]:
 
 def aims_low(metric: str) -> bool:
     """Whether a metric is a distance, of which less is better."""
-    return metric in report.METRICS and report.METRICS[metric].aim == "lower"
+    return metric in METRICS and METRICS[metric].aim == "lower"
 
 
 def beyond(values: Sequence[float], anchor: float, deviation: float, lower: bool = False) -> bool:

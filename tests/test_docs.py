@@ -13,7 +13,7 @@ import limbeck
 from limbeck import compare, config, methods
 from limbeck.critic import Adversarial
 from limbeck.game import Game, Guidance
-from limbeck.report import METHODS
+from limbeck.glossary import METHODS
 
 ROOT = Path(__file__).parent.parent
 

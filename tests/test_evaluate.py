@@ -35,8 +35,9 @@ from limbeck.exact import Empirical, Gaussian
 from limbeck.features import Classifier
 from limbeck.folder import Stopped
 from limbeck.generator import Generator, OneStep
+from limbeck.glossary import METRICS
 from limbeck.randomness import stream
-from limbeck.report import METRICS, spread_text
+from limbeck.report import spread_text
 from limbeck.source import NoiseSource, one_hot
 from limbeck.teachers import ring8
 from limbeck.train import Trainer

@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from limbeck import report as page
+from limbeck.glossary import METRICS
 from limbeck.report import (
-    METRICS,
     Curve,
     Picture,
     Scatter,
