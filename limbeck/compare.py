@@ -21,7 +21,8 @@ A grid file is TOML:
     "method.N" = [18, 35, 70]
     seed = [0, 1, 2]
 
-A variant may have a `grid` of its own, which replaces keys of the common one.
+A variant may have a `grid` of its own, which replaces keys of the common one. One that says `like = "features"` starts
+from all settings of that earlier variant.
 
 Interrupted comparisons continue: finished cells are read, unfinished ones go on from their checkpoints. Large ones can
 be made in parts, on several machines or days: `only` chooses cells, and `known` takes rows of an earlier
@@ -315,9 +316,14 @@ def cells_of(grid: Mapping[str, Any], path: Path, features: str | None) -> list[
     if variants != [{}] and (not all(isinstance(n, str) and n for n in names) or len({*names}) < len(names)):
         raise ValueError(f"{path}: variant.name: every variant needs a name of its own, got {names}")
     cells = []
-    for variant in variants:
+    before: dict[str, dict[str, Any]] = {}
+    for told in variants:
+        if (like := told.get("like")) not in (None, *before):
+            raise ValueError(f"{path}: variant.like: must name an earlier variant, got {like!r}")
+        variant = config.merged(before[like], told) if like else told
+        before[variant.get("name", "")] = variant
         own = variant.get("grid", {})
-        overrides = {key: value for key, value in variant.items() if key not in ("name", "grid")}
+        overrides = {key: value for key, value in variant.items() if key not in ("name", "like", "grid")}
         if not isinstance(own, dict):
             raise ValueError(f"{path}: variant.grid: must be a table")
         varied = {**axes, **own}

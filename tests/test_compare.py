@@ -50,6 +50,18 @@ def test_a_variant_may_have_its_own_grid() -> None:
     assert list(made) == ["a-seed_0", "a-seed_1", "b-seed_5-N_4"]
 
 
+def test_a_variant_may_start_from_an_earlier_one() -> None:
+    first = {"name": "a", "batch": 7, "method": {"N": 4, "metric": "l1"}, "grid": {"seed": [5], "steps": [3, 4]}}
+    second = {"name": "b", "like": "a", "method": {"N": 6}, "grid": {"steps": [9]}}
+    made = cells(variant=[first, second, {"name": "c", "like": "b", "batch": 8}], grid={"seed": [0, 1]})
+    assert list(made) == ["a-seed_5-steps_3", "a-seed_5-steps_4", "b-seed_5-steps_9", "c-seed_5-steps_9"]
+    settings, b = made["b-seed_5-steps_9"]
+    c = made["c-seed_5-steps_9"][1]
+    assert settings == {"variant": "b", "seed": 5, "steps": 9}
+    assert (b.batch, b.method.N, b.method.metric) == (7, 6, "l1") and (c.batch, c.method.N) == (8, 6)
+    assert made["a-seed_5-steps_3"][1].method.N == 4 and second["method"] == {"N": 6}
+
+
 def test_without_variants_cells_are_those_of_the_grid() -> None:
     assert list(cells(grid={"method.N": [4, 5]})) == ["N_4", "N_5"]
     assert list(cells()) == ["run"]
@@ -61,6 +73,9 @@ def test_without_variants_cells_are_those_of_the_grid() -> None:
         ({"variant": {"name": "a"}}, "variant: must be a list of tables"),
         ({"variant": [{"method": {"N": 3}}]}, "variant.name: every variant needs a name"),
         ({"variant": [{"name": "a"}, {"name": "a"}]}, "variant.name: every variant needs a name"),
+        ({"variant": [{"name": "a", "like": "b"}, {"name": "b"}]}, "variant.like: must name an earlier variant"),
+        ({"variant": [{"name": "a", "like": ["b"]}]}, "variant.like: must name an earlier variant"),
+        ({"variant": [{"name": "a", "like": "a"}]}, "variant.like: must name an earlier variant"),
         ({"variant": [{"name": "a", "grid": [1]}]}, "variant.grid: must be a table"),
         ({"variant": [{"name": "a", "grid": {"seed": 3}}]}, "grid.seed: must be a list"),
         ({"grid": {"seed": []}}, "grid.seed: must be a list"),

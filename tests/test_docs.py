@@ -55,7 +55,7 @@ def test_the_examples_of_the_recipes_page_are_valid() -> None:
     recipe, grid = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
     resolved = config.resolve(tomllib.loads(recipe), methods.METHODS)
     assert (resolved.steps, resolved.optimizer["generator"].lr) == (3000, 1e-3)
-    assert len(compare.cells_of(tomllib.loads(grid), Path("grid.toml"), None)) == 12
+    assert len(compare.cells_of(tomllib.loads(grid), Path("grid.toml"), None)) == 18
 
 
 @pytest.mark.parametrize("name", methods.TABLE)
