@@ -38,7 +38,8 @@ class Guidance:
         fake_turn: of the fake score in its own turn (k1).
         fake: of the fake score in the generator's turn (k2 = k3).
         teacher: of the teacher in the generator's turn (k4).
-        dropout: share of labels dropped in the fake score's turn if `fake_turn` is not 1, so that D_none is trained.
+        dropout: share of labels dropped in the fake score's turn if `fake_turn` or `fake` is not 1, so that D_none is
+            trained; of generated and of real samples alike.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -182,7 +183,8 @@ class Game:
             with torch.no_grad():
                 x = sample(nets["generator"], batch, call)
             sigma, cond = self.fake_levels.scaled(teacher.unit).quantile(batch.u), batch.cond
-            if scale != 1 and cond is not None and batch.coin is not None:
+            both = {scale, self.guidance.fake}  # either reads D_none
+            if both != {1.0} and cond is not None and batch.coin is not None:
                 cond = cond * (batch.coin >= self.guidance.dropout)[:, None]
             noisy = perturb(x, sigma, batch.eps)
             if a is None:
@@ -196,12 +198,12 @@ class Game:
                 return value
             assert batch.real is not None
             noisy = perturb(batch.real, sigma, batch.eps)
-            on_real = self._logits(nets, teacher, noisy, sigma, batch.cond)
+            on_real = self._logits(nets, teacher, noisy, sigma, cond)
             game = critic_loss(on_real, on_fake, a.loss)
             if a.r1:
                 assert batch.direction is not None
                 near = nudged(noisy, sigma, batch.direction, fake.sigma_data)
-                game = game + a.r1 * r1_penalty(on_real, self._logits(nets, teacher, near, sigma, batch.cond))
+                game = game + a.r1 * r1_penalty(on_real, self._logits(nets, teacher, near, sigma, cond))
             scale_of = edm_weight(sigma, fake.sigma_data) * fake.unit**2 if a.weighting == "edm" else 1.0
             return value + a.critic * scale_of * game
 
@@ -288,6 +290,16 @@ class Game:
             "fake_loss": denoising(estimate, view.x, sigma, teacher.sigma_data).mean(),
             "lag": lag(view.x, noisy, sigma, estimate, teacher.sigma_data),
         }
+
+
+def check_ratio(game: Game, divergence: str) -> None:
+    """Refuse a critic whose logit is no log density ratio, for a divergence that needs one.
+
+    Raises:
+        ValueError: for the hinge loss, which is least for logits of -1 and 1 whatever the ratio.
+    """
+    if divergence != "reverse_kl" and game.adversarial is not None and game.adversarial.loss == "hinge":
+        raise ValueError(f"game.adversarial.loss: {divergence} needs a density ratio, which softplus and bce give")
 
 
 def lag(x: Tensor, noisy: Tensor, sigma: Tensor, estimate: Tensor, sigma_data: float) -> Tensor:

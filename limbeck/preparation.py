@@ -72,7 +72,9 @@ class Preparation:
         began = time.perf_counter()
         if method.needs_real and provider is None:
             provider = self._teacher_provider(job, int(job.recipe.real.source.partition(":")[2]), tell)
-        pairs = self._pairs(job, method.pairs, tell) if hasattr(method, "pairs") else None
+        game = getattr(method, "game", None)
+        guidance = game.guidance.teacher if game is not None else 1.0
+        pairs = self._pairs(job, method.pairs, tell, guidance) if hasattr(method, "pairs") else None
         if provider is not None or pairs is not None:
             job = replace(job, source=RealSource(self.noise, provider, pairs))
         seconds = time.perf_counter() - began
@@ -121,11 +123,12 @@ class Preparation:
             raise ValueError(f"real.source: teacher:{count} holds no sample of class {missing[0]}; ask for more")
         return provider_of(pairs.x, pairs.cond.argmax(1))
 
-    def _pairs(self, job: loop.Job, count: int, tell: Tell) -> Pairs:
+    def _pairs(self, job: loop.Job, count: int, tell: Tell, guidance: float = 1.0) -> Pairs:
         steps = job.recipe.evaluate.teacher_steps
 
         def drawn(done: int) -> None:
             if done == count or done % 5000 == 0:
                 tell(f"{done:,} of {count:,} teacher samples, {2 * steps - 1} network calls each")
 
-        return teacher_pairs(job.trainer.teacher, count, job.recipe.seed, steps, job.out / "teacher-samples", drawn)
+        place = job.out / "teacher-samples"
+        return teacher_pairs(job.trainer.teacher, count, job.recipe.seed, steps, place, drawn, guidance)

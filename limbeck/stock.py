@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from limbeck import artifact
-from limbeck.denoiser import Denoiser
+from limbeck.denoiser import Denoiser, Guided
 from limbeck.device import from_cpu
 from limbeck.distributed import rank_and_world, wait_for_all
 from limbeck.evaluate.draws import latents
@@ -27,15 +27,24 @@ PART = 500
 
 
 def teacher_pairs(
-    teacher: Denoiser, count: int, seed: int, steps: int, folder: Path, drawn: Callable[[int], None]
+    teacher: Denoiser,
+    count: int,
+    seed: int,
+    steps: int,
+    folder: Path,
+    drawn: Callable[[int], None],
+    guidance: float = 1.0,
 ) -> Pairs:
     """`count` latents with what Heun's method of `steps` steps makes of them, and uniform conditions if it has any.
 
     Args:
         folder: where parts are read from, or else written to.
         drawn: is told how many pairs there are after every part; what it raises stops the work between two parts.
+        guidance: scale of the teacher's, if it knows labels.
     """
-    key = seed_of(artifact.fingerprint(teacher), seed, steps)
+    strong = guidance != 1 and teacher.classes > 0
+    key = seed_of(artifact.fingerprint(teacher), seed, steps, *([f"guidance {guidance}"] if strong else []))
+    denoiser = Guided(teacher, guidance) if strong else teacher
     folder.mkdir(parents=True, exist_ok=True)
 
     def part(start: int) -> Pairs:
@@ -45,7 +54,7 @@ def teacher_pairs(
         x = _read(path)
         if x is None or x.shape != asked.z.shape:
             with torch.no_grad():
-                x = from_cpu(lambda z, cond: heun(teacher, z, steps, cond=cond), teacher)(asked.z, cond)
+                x = from_cpu(lambda z, cond: heun(denoiser, z, steps, cond=cond), teacher)(asked.z, cond)
             write_atomically(path, safetensors.torch.save({"x": x}, {"sha256": _hash(x)}))
         drawn(min(count, start + PART))
         return Pairs(asked.z, x, cond)

@@ -152,6 +152,19 @@ def test_scores_do_not_depend_on_the_batch(toy: ImageJudge, batch: int) -> None:
     assert low < whole.metrics["fd_feature"] < high
 
 
+def test_a_distance_of_more_samples_than_are_kept_has_no_interval(
+    toy: ImageJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the kept ones is the interval of a larger distance."""
+    whole = toy_scores(toy)
+    for kept, told in ((330, True), (329, False)):
+        monkeypatch.setattr("limbeck.evaluate.judge.KEPT", kept)
+        scores = toy_scores(toy)
+        assert scores.metrics["fd_feature"] == whole.metrics["fd_feature"]
+        assert ("fd_feature" in scores.intervals) == told
+        assert any("bootstrap interval" in note for note in scores.notes) != told
+
+
 def test_exact_scores_do_not_depend_on_the_batch() -> None:
     judge = ExactJudge(ring8())
     whole, parts = (measure(lambda z, cond: 2 * z, 1, judge, (2,), 0, samples=150, batch=batch) for batch in (1000, 7))

@@ -208,7 +208,8 @@ def test_a_step_of_uni_instruct_has_the_exact_terms(name: str, limit: float, rai
         (loss(v["r"], force) + (1 - v["w"]) * v["adversarial"], True),
     ):
         assert ((in_parameters(wrong, nets) - truth).norm() > 1e-5 * truth.norm()) == matters
-    assert nets["pull"].told()["limited"] == (squares > limit * v["sigma"] ** 2).sum() * 2  # two calls
+    steep = (squares > limit * v["sigma"] ** 2).sum() * 2  # two calls
+    assert nets["pull"].told()["limited"] == (steep if name in HAS_PULL else 0)
 
 
 @pytest.mark.parametrize("raised", [False, True])
@@ -406,15 +407,34 @@ def test_the_fake_scores_turn_drops_labels_only_under_guidance() -> None:
     feed = batch(classes=3)
     assert feed.coin is not None and feed.cond is not None
     generator = OneStep(template(3), 2.5)
-    for scale, dropped in ((1.0, 0), (1.5, round(0.25 * N))):
+    # the generator's turn reads D_none too where `fake` is not 1
+    for scale, later, dropped in ((1.0, 1.0, 0), (1.5, 1.0, round(0.25 * N)), (1.0, 2.0, round(0.25 * N))):
         seen.clear()
-        game = Game(guidance=Guidance(fake_turn=scale, dropout=0.25))
+        game = Game(guidance=Guidance(fake_turn=scale, fake=later, dropout=0.25))
         nets = nn.ModuleDict({"generator": generator, "fake": Spy((2,), 3, 1.0)})
         game.fake_turn().loss(nets, LAW, feed)
         rows = seen[0][:N]
         assert len(seen[0]) == (N if scale == 1 else 2 * N) and torch.equal(seen[0][N:], torch.zeros_like(seen[0][N:]))
         assert int((rows.sum(1) == 0).sum()) == dropped
         assert torch.equal(rows[feed.coin >= 0.25], feed.cond[feed.coin >= 0.25])
+
+
+def test_a_critic_sees_labels_dropped_of_real_samples_too() -> None:
+    """Else a sample without a label were a generated one."""
+    seen: list[Tensor | None] = []
+
+    class Spy(Preconditioned):
+        def features(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+            seen.append(cond)
+            return super().features(x, sigma, cond)
+
+    feed, start = batch(classes=3), template(3)
+    game = Game(guidance=Guidance(fake_turn=1.5, dropout=0.25), adversarial=Adversarial(features="teacher", r1=0.1))
+    nets = players(SiD(game=game), start)
+    game.fake_turn().loss(nets, Spy(start.network, (2,), 3, LAW.sigma_data), feed)
+    assert feed.cond is not None and feed.coin is not None
+    wanted = feed.cond * (feed.coin >= 0.25)[:, None]
+    assert len(seen) == 3 and all(cond is not None and torch.equal(cond, wanted) for cond in seen)
 
 
 def test_guidance_of_the_fake_scores_own_turn() -> None:
@@ -433,6 +453,10 @@ def test_guidance_of_the_fake_scores_own_turn() -> None:
     torch.testing.assert_close(critical.fake_turn().loss(judged, LAW, feed), expected)
 
 
+def players_with_critic(method: Any, nets: nn.ModuleDict, start: Denoiser) -> nn.ModuleDict:
+    return nn.ModuleDict({**nets, "critic": method.players(start)["critic"].double()}).eval()
+
+
 def test_replayed_dropout_has_equal_masks() -> None:
     """A fake score that is the teacher gives no gradient, whatever is dropped; without equal masks it would."""
     with torch.random.fork_rng(devices=[]):
@@ -445,9 +469,33 @@ def test_replayed_dropout_has_equal_masks() -> None:
         nets["fake"].train()
         noisy.train()
         assert slope(DiffInstruct(), nets, feed, noisy).norm() > 1e-3
+        # a critic on the teacher's features leaves the masks equal; one on the fake score's would not
+        judged = DiffInstruct(dropout_replay=True, game=Game(adversarial=Adversarial(features="teacher")))
+        assert slope(judged, players_with_critic(judged, nets, noisy), feed, noisy.eval()).norm() == 0
+    with pytest.raises(ValueError, match=r"^dropout_replay: a critic on the fake score's features"):
+        DiffInstruct(dropout_replay=True, game=Game(adversarial=Adversarial()))
 
 
 # Critics --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [FDistill, UniInstruct])
+def test_a_hinge_critic_gives_no_ratio(method: Any) -> None:
+    hinge = Game(adversarial=Adversarial(loss="hinge", weight=0.1))
+    method(divergence="reverse_kl", game=hinge)
+    for name in set(DIVERGENCES) - {"reverse_kl"}:
+        with pytest.raises(ValueError, match=rf"^game\.adversarial\.loss: {name} needs a density ratio"):
+            method(divergence=name, game=hinge)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_before_its_gate_f_distill_weighs_as_at_a_ratio_of_one(name: str) -> None:
+    method = FDistill(divergence=name, game=Game(adversarial=Adversarial()))
+    nets, feed = players(method, template()), batch()
+    with torch.no_grad():
+        for parameter in nets["critic"].outer.parameters():  # ln r = 0
+            parameter.zero_()
+    same(slope(method, nets, feed, judged=False), slope(method, nets, feed))
 
 
 def test_losses_of_critics() -> None:
@@ -751,6 +799,22 @@ def test_dmd_regresses_on_its_pairs() -> None:
     torch.testing.assert_close(extra, 0.7 * gap.square().sum(1))
 
 
+def test_dmds_huber_pulls_every_coordinate_alike_in_any_dimension() -> None:
+    for d in (2, 64, 3072):
+        x = torch.zeros(1, d, dtype=torch.float64, requires_grad=True)
+        feed = Batch(x, torch.zeros(1), x, pairs=Pairs(x, torch.full_like(x, 0.3 * LAW.unit), None))
+        value = DMD(distance="huber").regress(nn.ModuleDict({"generator": Echo()}), LAW, feed).sum()
+        (pull,) = torch.autograd.grad(value, x)
+        torch.testing.assert_close(pull * LAW.unit, -torch.ones_like(pull), rtol=1e-4, atol=0)
+
+
+class Echo(nn.Module):
+    """A generator that gives its latents."""
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        return z
+
+
 def test_one_bad_sample_stops_the_update_and_is_named() -> None:
     class Broken(Denoiser):
         """NaN for one sample, of which the trainer must know the number over all micro-batches."""
@@ -777,18 +841,32 @@ def test_one_bad_sample_stops_the_update_and_is_named() -> None:
 
 
 def test_dropping_nan_is_leaving_samples_out_at_an_unchanged_divisor() -> None:
+    """The bad sample's NaN is born within a network, teacher or fake score: a gradient of 0 through it is NaN."""
     feed, bad = batch(), 5
 
     class Broken(Denoiser):
-        def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-            out = LAW(x, sigma)
-            return out if len(x) < N else torch.cat([out[:bad], torch.full_like(out[:1], math.nan), out[bad + 1 :]])
+        def __init__(self, inner: Denoiser) -> None:
+            super().__init__((2,), 0, LAW.sigma_data)
+            self.inner = inner
 
-    teacher, nets = Broken((2,), 0, LAW.sigma_data), players(SiD(), template())
-    kept = [k for k in range(N) if k != bad]
-    rest = Batch(feed.z[kept], feed.u[kept], feed.eps[kept])
-    same(slope(SiD(nan="drop"), nets, feed, teacher), slope(SiD(), nets, rest))
-    assert not torch.isfinite(slope(SiD(), nets, feed, teacher)).all()
+        def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+            root = torch.where(sigma == levels[bad], -1.0, 1.0).sqrt()
+            return self.inner(x * root[:, None], sigma)
+
+    kept = torch.arange(N) != bad
+    rest = feed.mapped(lambda tensor: tensor[kept])
+    for game in (Game(), Game(adversarial=Adversarial(weight=0.1, features="teacher"))):
+        method = SiD(game=game)
+        levels = method.levels.scaled(LAW.unit).quantile(feed.u)
+        sound, start = template(seed=9), template()
+        nets = players(method, start)
+        broken = Broken(sound) if game.adversarial is None else sound
+        spoiled = nn.ModuleDict({**nets, "fake": nets["fake"] if game.adversarial is None else Broken(nets["fake"])})
+        dropping = replace(method, nan="drop")
+        assert dropping.loss(spoiled, broken, feed)[bad] == 0
+        same(slope(dropping, spoiled, feed, broken), slope(method, nets, rest, sound))
+        assert not torch.isfinite(slope(method, spoiled, feed, broken)).all()
+        assert torch.equal(slope(dropping, nets, feed, sound), slope(method, nets, feed, sound))
 
 
 # Theory ---------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 import limbeck
 from limbeck import artifact, checkpoint, preparation, stock
+from limbeck.denoiser import Guided
 from limbeck.exact import Mixture
 from limbeck.sample import heun
 from limbeck.teachers import load
@@ -61,6 +62,24 @@ def test_pairs_of_a_conditional_teacher_have_labels(tmp_path: Path) -> None:
     pairs = stock.teacher_pairs(load("digits"), 40, 0, 3, tmp_path, lambda done: None)
     assert pairs.cond is not None and torch.equal(pairs.cond.sum(1), torch.ones(40))
     torch.testing.assert_close(pairs.x, heun(load("digits"), pairs.z, 3, cond=pairs.cond), rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_of_a_guided_teacher_are_guided(tmp_path: Path) -> None:
+    digits = load("digits")
+    plain = stock.teacher_pairs(digits, 10, 0, 3, tmp_path, lambda done: None)
+    pairs = stock.teacher_pairs(digits, 10, 0, 3, tmp_path, lambda done: None, 2.0)
+    wanted = heun(Guided(digits, 2.0), pairs.z, 3, cond=pairs.cond)
+    torch.testing.assert_close(pairs.x, wanted, rtol=1e-4, atol=1e-5)
+    assert (pairs.x - plain.x).abs().max() > 0.1
+    # and a run asks for them
+    seen: list[float] = []
+    method = {"name": "dmd", "pairs": 20, "game": {"guidance": {"teacher": 2.0}}}
+    keys = {"steps": 1, "batch": 4, "evaluate": {"samples": 20, "teacher_steps": 2}, "every": {"sample": 0}}
+    with pytest.MonkeyPatch.context() as patched:
+        honest = stock.teacher_pairs
+        patched.setattr(preparation, "teacher_pairs", lambda *args: seen.append(args[6]) or honest(*args))
+        limbeck.distill("digits", method, out=tmp_path / "run", **keys, **QUIET)
+    assert seen == [2.0]
 
 
 def test_pairs_of_a_policy_have_contexts(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ MISTAKES: dict[str, Callable[..., Tensor]] = {
     "no responsibilities": lambda x, g, n, r, s: vdd_bound(x, g, n, 0 * r, s),
     "no entropy": lambda x, g, n, r, s: vdd_bound(x, g, 0 * n, r, s),
     "no teacher": lambda x, g, n, r, s: vdd_bound(x, g, n, r, 0 * s),
-    "no gate": lambda x, g, n, r, s: vdd_bound(x, torch.ones_like(g), n, r, s),
+    "no gate": lambda x, g, n, r, s: vdd_bound(x, torch.zeros_like(g), n, r, s),
 }
 
 
@@ -107,6 +107,14 @@ MISTAKES: dict[str, Callable[..., Tensor]] = {
 def test_the_gradient_sees_mistakes(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vdd, "vdd_bound", MISTAKES[mistake])
     assert error_of_the_experts_gradient() > 1e-2
+
+
+def test_an_expert_of_no_weight_counts_nothing() -> None:
+    """Its gate is 0 in single precision, below e^-104; the logarithm is not."""
+    x = torch.zeros(1, 2, 2)
+    one = torch.zeros(1, 2)
+    bound = vdd_bound(x, torch.tensor([[0.0, -200.0]]), one + 0.5, one, torch.ones(1, 2, 2))
+    assert bound.tolist() == [0.5]
 
 
 def test_wrong_responsibilities_cost_their_own_divergence() -> None:
@@ -119,7 +127,7 @@ def test_wrong_responsibilities_cost_their_own_divergence() -> None:
         wrong = (joint + f64([0.5, -0.3, 0.1])).log_softmax(2)
         score = torch.zeros_like(x)
         values = [
-            (W * vdd_bound(x, mixture.log_gate.exp(), log_expert, r.diagonal(dim1=1, dim2=2), score)).sum().item()
+            (W * vdd_bound(x, mixture.log_gate, log_expert, r.diagonal(dim1=1, dim2=2), score)).sum().item()
             for r in (joint.log_softmax(2), wrong)
         ]
         # sum_x p(x) KL(p(k | x) || r), by the grid

@@ -449,7 +449,12 @@ class ImageTally:
             seen = self.moments["feature"]
             told["fd_feature_rest"] = frechet_distance(seen.mean, seen.cov, *reference.moments["feature_rest"])
         intervals: dict[str, tuple[float, float]] = {}
-        if self.rows.shape[1] <= BOOTSTRAP:
+        if len(self.rows) < self.moments["feature"].count:
+            notes.append(
+                f"No bootstrap interval beyond {KEPT:,} samples, as many as are kept: a distance falls with their number, "
+                "and this would be that of fewer; several draws (--draws) show the spread."
+            )
+        elif self.rows.shape[1] <= BOOTSTRAP:
             limit = bootstrap(lambda rows: frechet_distance(*_moments(rows), *target["feature"]), self.rows, 100)
             intervals["fd_feature"] = (limit.low, limit.high)
             if self.judge.is_fid:

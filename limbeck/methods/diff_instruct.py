@@ -72,6 +72,9 @@ class DiffInstruct:
     def __post_init__(self) -> None:
         if self.weight not in ("uniform", "dmd"):
             raise ValueError(f"weight: must be uniform or dmd, got {self.weight!r}")
+        a = self.game.adversarial
+        if self.dropout_replay and a is not None and a.features == "fake":
+            raise ValueError("dropout_replay: a critic on the fake score's features sees other masks; take teacher's")
         if self.updated_at is not None and self.game.joint:
             raise ValueError("game.joint: the generator is updated at another output than the fake score (updated_at)")
 

@@ -46,7 +46,7 @@ class DMD:
     Attributes:
         levels: law of the noise in the generator's turn.
         regression: weight of the regression.
-        distance: of the regression, squared or huber, mean over coordinates.
+        distance: of the regression, squared or huber, of coordinates in the mean.
         pairs: number of pairs.
         game: what methods with a fake score share.
     """
@@ -97,11 +97,12 @@ class DMD:
         return surrogate + self.regression * self.regress(nets, teacher, batch) + self.game.adversarial_loss(view)
 
     def regress(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
-        """Distance of G(z) from x over the batch's pairs (B,), times the number of coordinates."""
+        """Distance of G(z) from x over the batch's pairs (B,), a mean over coordinates times their number."""
         assert batch.pairs is not None
         z, x, cond = batch.pairs
-        distance = squared if self.distance == "squared" else pseudo_huber
-        return x[0].numel() * distance(nets["generator"](z, cond) / teacher.unit, x / teacher.unit)
+        made, wanted, d = nets["generator"](z, cond) / teacher.unit, x / teacher.unit, x[0].numel()
+        # the norm of a whole sample is sqrt(d) times the root mean square of its coordinates
+        return d * squared(made, wanted) if self.distance == "squared" else math.sqrt(d) * pseudo_huber(made, wanted)
 
     def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:
         return self.game.health(nets, teacher, batch, self.levels)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from limbeck.critic import Adversarial, RatioScale
 from limbeck.denoiser import Denoiser
 from limbeck.divergence import DIVERGENCES
-from limbeck.game import Game
+from limbeck.game import Game, check_ratio
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, matching
 from limbeck.noise import Law, LogNormal
@@ -78,6 +78,7 @@ class FDistill:
             raise ValueError(f"ratio_bins: must be 1 to 1,000, got {self.ratio_bins}")
         if self.game.adversarial is None:
             raise ValueError("game.adversarial: f-distill takes its density ratio from a critic")
+        check_ratio(self.game, self.divergence)
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         ratio = RatioScale(self.ratio_bins, raised=self.ratio_raised)
@@ -95,9 +96,10 @@ class FDistill:
         """Weighted Diff-Instruct surrogate plus the adversarial loss, per sample (B,)."""
         view = self.game.view(nets, teacher, batch, self.levels, call, judged, graph=False)
         with torch.no_grad():
-            weight = torch.ones_like(view.sigma)
+            ratio = torch.ones_like(view.sigma)  # until the critic counts
             if view.logits is not None:
-                weight = DIVERGENCES[self.divergence].h(cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u))
+                ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
+            weight = DIVERGENCES[self.divergence].h(ratio)
             if self.weight == "dmd":
                 weight = weight * l1_scale(view.x / teacher.unit, view.real / teacher.unit)
         surrogate = f_distill_loss(view.x, view.fake, view.real, weight) / teacher.unit**2

@@ -21,8 +21,8 @@ switch                 default                                     what else
                                                                    turns outward
 ``normalizer``         ``l1``: w = 1 / mean |x - D_real|, with     ``none``: w = 1, for which the identities are exact
                        no gradient
-``loss_scale``         1; Adam's eps is the only thing that sees   the code: 100
-                       it
+``loss_scale``         1; Adam sees it in its eps only, ``clip``   the code: 100
+                       and a critic's weight beside it in full
 dropout                generator's on in its turn, off elsewhere   as the code
 augmentation           none                                        the code augments the fake score's training samples
 ``nan``                ``stop``: the run stops, naming the sample  ``drop``: the code drops samples with NaN at an
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from limbeck.denoiser import Denoiser
 from limbeck.game import Game
 from limbeck.generator import Generator
-from limbeck.losses import l1_scale, per_sample, score_identity
+from limbeck.losses import l1_scale, score_identity
 from limbeck.noise import Law, LogNormal
 from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
@@ -66,7 +66,7 @@ class SiD:
         alpha: 1/2 is the one unbiased value; above 1 the update has a point of no return.
         levels: law of the noise in the generator's turn.
         normalizer: l1, or none.
-        loss_scale: factor on the generator's loss.
+        loss_scale: factor on the score loss.
         nan: stop, or drop.
         game: what methods with a fake score share.
     """
@@ -107,18 +107,22 @@ class SiD:
     def loss(
         self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None = None, judged: bool = True
     ) -> Tensor:
-        """L_alpha, and the adversarial loss if there is a critic, per sample (B,)."""
+        """L_alpha, and the adversarial loss if there is a critic, per sample (B,); 0 for dropped ones."""
+        loss = self._loss(nets, teacher, batch, call, judged)
+        good = torch.isfinite(loss)
+        if self.nan == "stop" or good.all() or not good.any():
+            return loss
+        # without them from the start: behind a NaN, gradients of 0 are NaN too
+        kept = self._loss(nets, teacher, batch.mapped(lambda tensor: tensor[good]), call, judged)
+        return torch.zeros_like(loss).index_put((good,), kept)
+
+    def _loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch, call: int | None, judged: bool) -> Tensor:
         view = self.game.view(nets, teacher, batch, self.levels, call, judged)
         x, fake, real = view.x, view.fake, view.real
         weight = (
             l1_scale(x / teacher.unit, real / teacher.unit) if self.normalizer == "l1" else torch.ones_like(batch.u)
         )
-        if self.nan == "drop":
-            good = torch.isfinite(per_sample(x + fake + real))
-            kept = weight[good] * sid_loss(x[good], fake[good], real[good], self.alpha)
-            score_loss = torch.zeros_like(weight).index_put((good,), kept)
-        else:
-            score_loss = weight * sid_loss(x, fake, real, self.alpha)
+        score_loss = weight * sid_loss(x, fake, real, self.alpha)
         return self.loss_scale * score_loss / teacher.unit**2 + self.game.adversarial_loss(view)
 
     def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:

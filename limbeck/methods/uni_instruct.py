@@ -56,7 +56,7 @@ from torch.nn import functional
 from limbeck.critic import Adversarial, RatioScale
 from limbeck.denoiser import Denoiser, expand
 from limbeck.divergence import DIVERGENCES
-from limbeck.game import Game
+from limbeck.game import Game, check_ratio
 from limbeck.generator import Generator
 from limbeck.losses import l1_scale, per_sample
 from limbeck.noise import Law, LogNormal
@@ -156,6 +156,7 @@ class UniInstruct:
                 f"divergence: {self.divergence} needs the density ratio of a critic, and game.adversarial is missing; "
                 "reverse_kl does without"
             )
+        check_ratio(self.game, self.divergence)
 
     @property
     def _game(self) -> Game:
@@ -202,7 +203,8 @@ class UniInstruct:
             ratio = cast(RatioScale, nets["ratio"]).ratio(view.logits, batch.u)
             terms = uni_instruct_loss(x, view.noisy, view.sigma, fake, real, ratio, self.divergence, self.pull_limit)
             steep = per_sample((fake - real).detach() ** 2) > self.pull_limit * view.sigma**2
-            cast(Count, nets["pull"]).add(steep)
+            pulled = DIVERGENCES[self.divergence].h2(ratio.detach()) != 0
+            cast(Count, nets["pull"]).add(steep & pulled)
         return weight * (terms / teacher.unit**2 + self._game.adversarial_loss(view))
 
     def health(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> dict[str, Tensor]:

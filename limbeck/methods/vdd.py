@@ -40,18 +40,18 @@ from limbeck.objective import Batch, Turn
 from limbeck.optimizer import Optimizer
 
 
-def vdd_bound(x: Tensor, gate: Tensor, log_expert: Tensor, log_responsibility: Tensor, score: Tensor) -> Tensor:
+def vdd_bound(x: Tensor, log_gate: Tensor, log_expert: Tensor, log_responsibility: Tensor, score: Tensor) -> Tensor:
     """sum_k g_k (log g_k + log N_k(x_k) - log r_k(x_k) - log p_d(x_k)), with log p_d known up to its gradient: (B,).
 
     Args:
         x: a sample of each expert (B, K, d).
-        gate: g (B, K).
+        log_gate: log g (B, K).
         log_expert: log N_k(x_k) (B, K), with its graph to x.
         log_responsibility: log r_k(x_k) (B, K), with its graph to x.
         score: the teacher's score at x (B, K, d); a constant here.
     """
     log_p = (score.detach() * (x - x.detach())).sum(-1)
-    return (gate * (gate.log() + log_expert - log_responsibility - log_p)).sum(1)
+    return (log_gate.exp() * (log_gate + log_expert - log_responsibility - log_p)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ class VDD:
         joint = still.log_joint(x)  # (B, K, K): every expert at each one's sample
         log_responsibility = joint.log_softmax(-1).diagonal(dim1=1, dim2=2)
         log_expert = still.log_experts(x).diagonal(dim1=1, dim2=2)
-        bound = vdd_bound(x, still.log_gate.exp(), log_expert, log_responsibility, score)
+        bound = vdd_bound(x, still.log_gate, log_expert, log_responsibility, score)
         found = still.log_joint(batch.real[:, None]).squeeze(1).softmax(1)
         return bound - (found * mixture.log_gate).sum(1)
