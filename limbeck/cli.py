@@ -54,7 +54,10 @@ VERBS = {
     "doctor": ("TEACHER [--out DIR] [--seconds N] [--json]", "look for mistakes in a teacher, without data"),
     "methods": ("[--unification]", "list the methods, or the table that unites them"),
     "show": ("RUN [--json]", "say what a run folder holds"),
-    "replay": ("RUN [--device D] [--json]", "play the turn again that met NaN or Inf, and say where they come from"),
+    "replay": (
+        "RUN [--device D] [--method M] [--json]",
+        "play the turn again that met NaN or Inf; say where they begin",
+    ),
 }
 
 RENAMED = {"sample": {"label": "class"}, "import": {"role": "as"}}  # fields by verb whose keys Python reserves
@@ -471,7 +474,7 @@ def _table(source: str, keys: dict[str, Any], field: str, default: str) -> dict[
         config.refuse_program(table, Path(source))
     table["method"] = {"name": keys.pop("method")} if "method" in keys else method
     for key, value in keys.items():
-        config.set_dotted(table, key, _literal(value) if key.startswith("template.") else value)
+        config.set_dotted(table, key, _literal(value) if _is_argument(key) else value)
     if isinstance(table["method"], dict):
         table["method"].setdefault("name", default)
     return table
@@ -482,6 +485,11 @@ def _folder(out: Any) -> Path:
         raise Mistake("out: is missing; give a folder with --out DIR")
     check_folder(out)
     return Path(out)
+
+
+def _is_argument(key: str) -> bool:
+    """Is this an argument of a network, in a table without declared types?"""
+    return key.startswith(("template.", "generator.")) and key != "generator.file"
 
 
 def _literal(text: Any) -> Any:
@@ -728,9 +736,9 @@ def _replay(words: list[str], keys: dict[str, Any]) -> None:
     from limbeck import replay
 
     network, as_json = _network(keys), keys.pop("json", None) == "true"
-    place = keys.pop("device", None)
-    _known(keys, ("network", "device"))
-    found = replay.replay(Path(_one(words, "RUN")), _say, network=network, place=place)
+    place, method = keys.pop("device", None), keys.pop("method", None)
+    _known(keys, ("network", "device", "method"))
+    found = replay.replay(Path(_one(words, "RUN")), _say, network=network, place=place, method=method)
     print(json.dumps(found.table(), indent=1) if as_json else "\n".join(found.lines()))
 
 

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -143,9 +144,12 @@ def run(job: Job, tell: Tell) -> dict[str, Any]:
         broken = folder.damaged(out)
         for name in broken:
             tell(f"{out / name}: damaged or missing; made again")
-        seconds, best, monitor = resume(job, tell)
+        gone = (out / folder.MANIFEST).is_file() and not _is_begun(out)  # to save room; the log is to stay
+        seconds, best, monitor = (0.0, None, Monitor()) if gone else resume(job, tell)
         stop.step = job.trainer.step
-        report = None if broken else _finished(job, table)
+        report = None if broken else _finished(job, table, recipe.steps if gone else job.trainer.step)
+        if gone and report is None:
+            raise ValueError(f"out: {out} holds a model without the checkpoints to go on from; choose another folder")
         wait_for_all()  # all have read what is there
         if first:
             write_atomically(out / "recipe.toml", config.dump_toml(table))
@@ -154,7 +158,7 @@ def run(job: Job, tell: Tell) -> dict[str, Any]:
         if report is not None:
             if first:
                 folder.seal(out)  # the recipe's free keys may be others now
-            tell(f"{out}: finished at step {job.trainer.step}; see {out / 'report.html'}")
+            tell(f"{out}: finished at step {report['steps']}; see {out / 'report.html'}")
             return report
         if first:
             (out / folder.MANIFEST).unlink(missing_ok=True)
@@ -197,14 +201,14 @@ def _facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _finished(job: Job, table: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of this run as it is asked for; None if there is anything left to train, store or score."""
-    if job.trainer.step < job.recipe.steps or not (job.out / folder.MANIFEST).is_file():
+def _finished(job: Job, table: Mapping[str, Any], step: int) -> dict[str, Any] | None:
+    """The report of this run, which is at `step`, as asked for; None if anything is left to train, store or score."""
+    if step < job.recipe.steps or not (job.out / folder.MANIFEST).is_file():
         return None
     try:
         report: dict[str, Any] = json.loads((job.out / "report.json").read_text())
         judged = config.completed(report["recipe"])["evaluate"]
-        same = report["steps"] == job.trainer.step and judged == table["evaluate"]
+        same = report["steps"] == step and judged == table["evaluate"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if same else None
@@ -372,10 +376,19 @@ def _keep_best(job: Job, best: Best | None, metrics: Mapping[str, float]) -> Bes
     metric = next((name for name in WATCHED if name in metrics), None)
     if metric is None or math.isnan(metrics[metric]) or (best is not None and best.value <= metrics[metric]):
         return best
+    _store_best(job)
+    return Best(job.trainer.step, metric, metrics[metric])
+
+
+def _store_best(job: Job) -> None:
     model = job.trainer.ema.whole()
     if is_first():
         artifact.save(job.best_file, job.product, model, _facts(job))
-    return Best(job.trainer.step, metric, metrics[metric])
+
+
+def _holds(path: Path, step: int) -> bool:
+    """Is this the whole model of that step? A later one may have been stored, and its checkpoint not."""
+    return artifact.is_whole(path) and artifact.read_card(path).get("step") == step
 
 
 @dataclass(frozen=True)
@@ -406,6 +419,9 @@ def _save(job: Job, seconds: float, best: Best | None, log: IO[str], monitor: Mo
         "versions": versions(),
     }
     _store(job, "checkpoints", state, job.recipe.keep)
+    if job.trainer.step and is_first():  # what the first steps began with is not needed again
+        for done in job.out.glob("warm-start-*"):
+            shutil.rmtree(done)
 
 
 def _store(job: Job, name: str, state: Mapping[str, Any], keep: int) -> None:
@@ -432,6 +448,18 @@ def load_state(job: Job, path: Path) -> dict[str, Any]:
     return checkpoint.read(path)
 
 
+def restore(job: Job, state: Mapping[str, Any]) -> None:
+    """Bring the trainer to a stored state.
+
+    Raises:
+        ValueError: if that is of other networks; a recipe does not say which class of his own a caller gave.
+    """
+    try:
+        job.trainer.load_state_dict(state["trainer"])
+    except RuntimeError:
+        raise ValueError(f"network: {job.out} was begun with another network; give the same --network") from None
+
+
 def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
     """Bring the trainer to the newest good checkpoint; the seconds that the run has taken, its best step and health."""
     state = checkpoint.load_newest(job.out / "checkpoints", tell, functools.partial(load_state, job))
@@ -455,7 +483,7 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
     ):
         if was != now:
             tell(f"{name}: {was} before, {now} now; results will not be bit-equal to an uninterrupted run")
-    job.trainer.load_state_dict(state["trainer"])
+    restore(job, state)
     wait_for_all()  # others may still read the log that is cut now
     if is_first():
         folder.cut_log(job.out / "log.jsonl", job.trainer.step, state.get("log"), tell)
@@ -463,9 +491,12 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
     best = Best(**state["best"]) if state.get("best") else None
-    if best is not None and best.step < job.trainer.step and not artifact.is_whole(job.best_file):
-        tell(f"{job.best_file}: damaged or missing; the best of the coming steps takes its place")
-        best = None
+    if best is not None and largest(not _holds(job.best_file, best.step)):
+        if best.step == job.trainer.step:
+            _store_best(job)
+        else:
+            tell(f"{job.best_file}: damaged, missing or newer; the best of the coming steps takes its place")
+            best = None
     return float(state["seconds"]), best, Monitor.of(state["monitor"]) if "monitor" in state else Monitor()
 
 
@@ -493,6 +524,10 @@ def _watch(job: Job) -> dict[str, float]:
     return summary.watched(job.trainer.ema.whole(), job.judge, job.recipe.evaluate)
 
 
+def _is_begun(out: Path) -> bool:
+    return any((out / "checkpoints").glob("ckpt-*"))
+
+
 def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
     """Refuse a folder that holds another run.
 
@@ -506,7 +541,7 @@ def _check_folder(out: Path, table: Mapping[str, Any]) -> None:
             raise ValueError(f"out: {out} holds other files, a run needs a folder of its own")
         return
     old = config.completed(config.read_toml(path))
-    if "method" in old and not any((out / "checkpoints").glob("ckpt-*")):
+    if "method" in old and not _is_begun(out) and not any(out.glob("*.safetensors")):
         return  # nothing was made by the old settings
     changed = [key for key in config.differences(old, table) if key.split(".")[0] not in config.FREE]
     if changed and path.name in folder.damaged(out):

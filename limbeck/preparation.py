@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,6 @@ import torch
 from limbeck import config, data, loop
 from limbeck.config import Every, Recipe
 from limbeck.denoiser import Denoiser
-from limbeck.distributed import wait_for_all
 from limbeck.exact import Exact
 from limbeck.folder import Stop, Tell
 from limbeck.generator import Generator
@@ -107,9 +105,6 @@ class Preparation:
         seconds, _ = loop.play(warm, seconds, None, monitor, stop, tell)
         self.template.load_state_dict(warm.trainer.ema.whole().state_dict())
         trainer = trainer_of(recipe, teacher, self.template, self.generator)
-        wait_for_all()
-        if loop.is_first():
-            shutil.rmtree(warm.out)
         return trainer, seconds
 
     def _teacher_provider(self, job: loop.Job, count: int, tell: Tell) -> Provider | Recorded:

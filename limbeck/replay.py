@@ -93,6 +93,7 @@ def replay(
     network: type[nn.Module] | None = None,
     generator: Generator | None = None,
     place: str | None = None,
+    method: str | None = None,
 ) -> Found:
     """Play the kept turn of the run in `out` again. Nothing is written.
 
@@ -102,6 +103,7 @@ def replay(
         network: the caller's own class, as in `run.distill`.
         generator: the generator that the run was given, likewise.
         place: the device, if not that of the recipe.
+        method: the caller's own method, "package.module:Class", if the run had one: a recipe's word runs no code.
 
     Raises:
         ValueError: if there is no turn to replay, or it is that of another teacher, data set or generator.
@@ -111,10 +113,15 @@ def replay(
     if not (out / loop.NONFINITE).is_dir():
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
     table = config.read_toml(out / "recipe.toml") | ({} if place is None else {"device": place})
+    table.pop("evaluate", None)  # nothing is scored, and no feature network run that the folder's maker names
+    named = table["method"]["name"] if isinstance(table.get("method"), dict) else None
+    if method not in (None, named):
+        raise ValueError(f"method: the run in {out} has {named}")
     if "data" in table:
         job = run.teaching(config.resolve(table, config.TEACHING), out, network)
     else:
-        job = run.distillation(config.resolve(table, methods.METHODS), out, tell, teacher, network, generator=generator)
+        recipe = config.resolve(table, methods.METHODS, foreign=method is not None)
+        job = run.distillation(recipe, out, tell, teacher, network, generator=generator)
     state = checkpoint.load_newest(out / loop.NONFINITE, tell, partial(loop.load_state, job))
     if state is None:
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
@@ -126,7 +133,7 @@ def replay(
     trainer: Trainer = job.trainer
     if state.get("device", trainer.device.type) != trainer.device.type:
         tell(f"device: {state['device']} in the run, {trainer.device.type} now; losses may differ in the last bits")
-    trainer.load_state_dict(state["trainer"])
+    loop.restore(job, state)
     index = int(state["turn"])
     turn = list(trainer.objective.turns(trainer.step, trainer.images))[index]
     batches = [_batch(state["batches"][str(k)]).to(trainer.device) for k in range(len(state["batches"]))]

@@ -175,6 +175,7 @@ BAD: list[tuple[str, str]] = [
     ("distill exact:ring8 --out o --template.width 0", "template.width: must be at least 1"),
     ("distill exact:ring8 --out o --template.width wide", "template: mlp cannot be built"),
     ("distill exact:ring8 --out o --template.colour 3", "template.colour: mlp has no such argument"),
+    ("distill exact:ring8 --out o --generator.network perceptron --generator.width 0", "generator.width: must be at"),
     ("distill exact:ring8 --out o --template mlp", "template: "),
     ("distill digits --out o --template.network dit --template.patch 3", "template.patch: must divide"),
     # teachers
@@ -814,3 +815,11 @@ def test_a_reader_that_has_seen_enough() -> None:
             process.stdout.close()
             assert process.stderr.read() == ""
         assert process.returncode == 1
+
+
+def test_arguments_of_generators_are_numbers_as_in_files() -> None:
+    keys: dict[str, Any] = {"generator.network": "perceptron", "generator.noise": "1", "generator.width": "64"}
+    table = cli._table("exact:ring8", keys, "teacher", "vardiu")
+    assert table["generator"] == {"network": "perceptron", "noise": 1, "width": 64}
+    # a file's name stays one
+    assert cli._table("exact:ring8", {"generator.file": "2026"}, "teacher", "sid")["generator"] == {"file": "2026"}

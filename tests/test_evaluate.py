@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from test_report import Outline, opened, root_of
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, cli, features, loop, networks, run, summary
+from limbeck import artifact, cli, config, features, loop, networks, run, summary
 from limbeck.config import Evaluation
 from limbeck.data import Data
 from limbeck.denoiser import Denoiser, Preconditioned
@@ -36,6 +37,7 @@ from limbeck.features import Classifier
 from limbeck.folder import Stopped
 from limbeck.generator import Generator, OneStep
 from limbeck.glossary import METRICS
+from limbeck.methods import METHODS
 from limbeck.randomness import stream
 from limbeck.report import spread_text
 from limbeck.source import NoiseSource, one_hot
@@ -1045,6 +1047,30 @@ def test_a_stopped_run_keeps_the_choice(
     for best in (whole["best"], resumed["best"]):
         best.pop("ms_per_image")
     assert resumed["best"] == whole["best"]
+
+
+def test_a_best_model_newer_than_the_checkpoint_is_not_taken_for_it(
+    tmp_path: Path, tiny: dict[str, Any], watched: dict[int, dict[str, Tensor]], equal: Any
+) -> None:
+    """A kill after step 4, whose model is stored as the best, and whose last checkpoint is an earlier one."""
+    out, told = tmp_path / "r", list[str]()
+    distill(out, tiny, keep=8)
+    file = out / "generator-best.safetensors"
+
+    def resumed(step: int) -> loop.Best | None:
+        for path in (out / "checkpoints").iterdir():
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+        assert artifact.read_card(file)["step"] == 4
+        recipe = config.resolve(config.read_toml(out / "recipe.toml"), METHODS)
+        return loop.resume(run.distillation(recipe, out, told.append), told.append)[1]
+
+    best = resumed(5)
+    assert best is not None and best.step == 4
+    assert resumed(3) is None and any("damaged, missing or newer" in line for line in told)  # that of step 2 is lost
+    best = resumed(2)  # where it is that of the checkpoint
+    assert best is not None and best.step == 2 and artifact.read_card(file)["step"] == 2
+    assert equal(dict(artifact.load_generator(file).state_dict()), watched[2])
 
 
 def test_without_watching_there_is_no_best(tmp_path: Path, tiny: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from test_run import Told
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import checkpoint, cli, health, loop, replay
+from limbeck import checkpoint, cli, config, features, health, loop, replay
 from limbeck.exact import Mixture
 from limbeck.folder import Stopped
 from limbeck.game import lag
 from limbeck.health import Monitor, Series
 from limbeck.methods import METHODS
+from limbeck.methods.pid import PID
 from limbeck.train import NonFinite, Trainer
 
 
@@ -125,6 +127,39 @@ def test_replay_needs_a_turn(tmp_path: Path, distill: Any, capsys: Any) -> None:
     for out, named in ((tmp_path / "r", "no turn to replay"), (tmp_path, "no recipe.toml")):
         assert cli.main(["replay", str(out)]) == 2
         assert named in capsys.readouterr().err
+
+
+def test_a_replay_runs_no_program_that_the_folder_names(tmp_path: Path) -> None:
+    """Of a stranger's folder only the turn is played: nothing is scored, so no feature network of his is opened."""
+    with pytest.MonkeyPatch.context() as patched:
+        poison(patched, 3, "generator", "weight")
+        with pytest.raises(NonFinite):
+            limbeck.distill("digits", "pid", out=tmp_path / "r", tell=Told(), steps=6, batch=4, **{"every.sample": 0})
+    table = config.read_toml(tmp_path / "r" / "recipe.toml")
+    table["evaluate"] |= {"data": "digits", "features": str(tmp_path / "r" / "evil.pt")}
+    (tmp_path / "r" / "recipe.toml").write_text(config.dump_toml(table))
+    with pytest.MonkeyPatch.context() as patched:
+        honest = features.load
+        patched.setattr(features, "load", lambda name: honest(name) if name == "digits" else pytest.fail(name))
+        assert replay.replay(tmp_path / "r", Told()).reproduced
+
+
+@dataclass(frozen=True)
+class Mine(PID):
+    """A method of the caller's own."""
+
+
+def test_a_method_of_the_callers_is_replayed_where_he_names_it(tmp_path: Path, distill: Any, capsys: Any) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        poison(patched, 3, "generator", "weight")
+        with pytest.raises(NonFinite):
+            distill(tmp_path / "r", Mine(N=9))
+    assert cli.main(["replay", str(tmp_path / "r")]) == 2
+    assert "'test_health:Mine' names code; give it on the command line with --method" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path / "r"), "--method", "pid"]) == 2
+    assert "method: the run" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path / "r"), "--method", "test_health:Mine"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
 
 
 def test_rolling_back(tmp_path: Path, distill: Any) -> None:

@@ -159,8 +159,11 @@ def test_an_interrupted_preparation_goes_on(
         with pytest.raises(Killed):
             limbeck.distill("exact:ring8", method, out=out, **QUIET, **keys)
         monkeypatch.setattr(checkpoint, "save", saved)
-        limbeck.distill("exact:ring8", method, out=out, **QUIET, **keys)
+        told: list[str] = []
+        limbeck.distill("exact:ring8", method, out=out, tell=told.append, **keys)
         assert equal(weights(tmp_path / "whole"), weights(out)), fatal
+        # a finished warm start is not made again: 6 steps of it, and 6 of the run
+        assert sum(int(line.split()[0]) for line in told if " steps in " in line) == 12 - fatal
         shutil.rmtree(out)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import limbeck
 from limbeck import checkpoint, config, folder, loop, run, summary, teachers
@@ -583,6 +584,46 @@ def test_a_changed_recipe_is_refused(whole: Path, distill: Any, keys: dict[str, 
         distill(whole, **keys)
     assert f"({named})" in str(caught.value)
     assert snapshot(whole) == before
+
+
+def test_a_model_whose_checkpoints_are_gone_is_not_lost(whole: Path, tmp_path: Path, distill: Any) -> None:
+    out = shutil.copytree(whole, tmp_path / "r")
+    shutil.rmtree(out / "checkpoints")
+    before, dropout = snapshot(out), {"template": {"network": "mlp", "width": 8, "depth": 1, "dropout": 0.3}}
+    with pytest.raises(ValueError, match=r"other settings \(teacher\)"):
+        distill(out, "exact:gaussian", **dropout)
+    with pytest.raises(ValueError, match=r"^out: .* holds a model without the checkpoints to go on from"):
+        distill(out, steps=STEPS + 1, **dropout)
+    assert snapshot(out) == before
+    told = Told()
+    assert distill(out, tell=told, **dropout) == report(whole)
+    assert told.has(f"finished at step {STEPS}")
+    assert snapshot(out)["log.jsonl"] == before["log.jsonl"]
+
+
+def test_another_network_of_the_callers_is_refused(tmp_path: Path, distill: Any) -> None:
+    """A recipe does not say of which class it is."""
+
+    class Wide(nn.Module):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, width)
+            self.outer = nn.Linear(width, 2)
+
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+            return self.outer(self.inner(x))
+
+    class Wider(Wide):
+        def __init__(self) -> None:
+            super().__init__(5)
+
+    keys = {"template": {}, "network": Wide}
+    distill(tmp_path / "r", **keys)
+    before = snapshot(tmp_path / "r")
+    for other in (Wider, None):
+        with pytest.raises(ValueError, match=r"^network: .* was begun with another network; give the same --network$"):
+            distill(tmp_path / "r", **{**keys, "network": other})
+    assert {name: now for name, now in snapshot(tmp_path / "r").items() if name in before} == before
 
 
 def test_micro_batches_may_change_and_that_is_told(tmp_path: Path, distill: Any, weights: Any, whole: Path) -> None:

@@ -451,8 +451,8 @@ class ImageTally:
         intervals: dict[str, tuple[float, float]] = {}
         if len(self.rows) < self.moments["feature"].count:
             notes.append(
-                f"No bootstrap interval beyond {KEPT:,} samples, as many as are kept: a distance falls with their number, "
-                "and this would be that of fewer; several draws (--draws) show the spread."
+                f"No bootstrap interval beyond {KEPT:,} samples, as many as are kept: it would be that of fewer, whose "
+                "distance is larger; several draws (--draws) show the spread."
             )
         elif self.rows.shape[1] <= BOOTSTRAP:
             limit = bootstrap(lambda rows: frechet_distance(*_moments(rows), *target["feature"]), self.rows, 100)
