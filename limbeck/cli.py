@@ -300,6 +300,8 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.seconds <= 86400:
             raise ValueError(f"seconds: must be 1 to 86,400, got {self.seconds:g}")
+        if self.out is not None:
+            check_folder(self.out)
 
 
 @dataclass(frozen=True)
@@ -656,6 +658,7 @@ def _bench(words: list[str], keys: dict[str, Any]) -> None:
     result = {"source": source, "untrained": options.untrained, "keys": keys, "other": other, **result}
     text = json.dumps(result, indent=1) + "\n"
     if options.out is not None:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(options.out), text)
     print(text if as_json else "\n".join(bench.lines(result)))
 

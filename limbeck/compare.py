@@ -104,7 +104,11 @@ def compare(
     made: dict[str, dict[str, Any]] = {}
     solved: dict[str, dict[str, float]] = {}
     recipes = {name: recipe for name, _, recipe in cells}
-    scored = {_teacher_key(recipes[name], row["hashes"]): row["teacher_scores"] for name, row in earlier.items()}
+    scored = {
+        # whatever time a sample took there, it was on another day or machine than the student's here
+        _teacher_key(recipes[name], row["hashes"]): {**row["teacher_scores"], "ms_per_image": None}
+        for name, row in earlier.items()
+    }
     for number, (name, settings, recipe) in enumerate(chosen, 1):
         tell(f"[{number}/{len(chosen)}] {name}")
         job = run.distillation(recipe, out / name, tell, judge=judges[name])
@@ -125,8 +129,8 @@ def compare(
     for row in rows:
         row.pop("reached", None)  # a known row may have had another target
         if "target" in grid:
-            level = grid["target"] * row["teacher_scores"]["metrics"][metrics[0]]
-            row["reached"] = reached(row.get("history", []), metrics[0], level)
+            score = row["teacher_scores"]["metrics"].get(metrics[0], math.nan)  # too few samples may have none
+            row["reached"] = reached(row.get("history", []), metrics[0], grid["target"] * score)
     result = {
         "title": grid.get("title", path.stem),
         "metric": metrics[0],
@@ -264,13 +268,16 @@ def _checked(
     also, axis, target = grid.get("also", []), grid.get("x"), grid.get("target", 1.0)
     if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < math.inf:
         raise ValueError(f"{path}: target: must be a positive factor on the teacher's score, got {target!r}")
+    metric = grid.get("metric", "fd_feature")
+    if "target" in grid and (not aims_low(metric) or metric.startswith("log_")):
+        raise ValueError(f"{path}: target: is a factor on a distance, which {metric} is not")
     if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
         raise ValueError(f"{path}: also: must be a list of metrics, got {also!r}")
     anchors = grid.get("anchors", {})
     if not isinstance(anchors, dict):
         raise ValueError(f"{path}: anchors: must be a table")
     for name, pair in anchors.items():
-        if name not in (grid.get("metric", "fd_feature"), *also):
+        if name not in (metric, *also):
             raise ValueError(f"{path}: anchors.{name}: must be the metric or one of `also`")
         two = isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) for v in pair)
         numbers = two and all(math.isfinite(v) for v in pair)
@@ -281,8 +288,8 @@ def _checked(
     for name, settings, recipe in cells:
         if name in judges:
             raise ValueError(f"{path}: grid: two cells are called {name}; every value may stand there once")
-        if axis is not None and not isinstance(settings.get(axis), int | float):
-            raise ValueError(f"{path}: x: {axis!r} must be a key of the grid whose values are numbers")
+        if axis is not None and (axis == "seed" or not isinstance(settings.get(axis), int | float)):
+            raise ValueError(f"{path}: x: {axis!r} must be a key of the grid, not the seed, whose values are numbers")
         if grid.get("euler") and not isinstance(recipe.method, PID):
             raise ValueError(f"{path}: euler: only PID has a grid of N levels, {name} has another method")
         key = json.dumps([recipe.teacher, config.plain(recipe.evaluate), recipe.size])
@@ -295,10 +302,17 @@ def _checked(
         judges[name] = shared[key] = judge
         if last is not None and (not recipe.every.evaluate or -(-recipe.steps // recipe.every.evaluate) < last):
             raise ValueError(f"{path}: last: {name} has fewer than {last} scores on the way (every.evaluate)")
-        for metric in (grid.get("metric", "fd_feature"), *also):
-            if metric not in judge.names:
-                known = ", ".join(sorted(judge.names))
-                raise ValueError(f"{path}: metric: {name} will not have {metric!r}; it has {known}")
+        for key, asked, names in (
+            ("metric", (metric, *also), judge.names),
+            ("last", (metric, *also) if last is not None else (), judge.watching().names),
+            ("target", (metric,) if "target" in grid else (), judge.watching().names),
+        ):
+            for one in asked:
+                if one not in names:
+                    when = "" if key == "metric" else " on the way"
+                    raise ValueError(
+                        f"{path}: {key}: {name} will not have {one!r}{when}; it has {', '.join(sorted(names))}"
+                    )
     return judges
 
 
@@ -328,6 +342,8 @@ def cells_of(grid: Mapping[str, Any], path: Path, features: str | None) -> list[
             raise ValueError(f"{path}: variant.grid: must be a table")
         varied = {**axes, **own}
         for key, values in varied.items():
+            if key == "teacher":
+                raise ValueError(f"{path}: grid.teacher: give every teacher a [[variant]] of its own")
             if not isinstance(values, list) or not values:
                 raise ValueError(f"{path}: grid.{key}: must be a list of values")
         for values in itertools.product(*varied.values()):
@@ -395,9 +411,9 @@ def levelled(history: Sequence[Mapping[str, Any]], final: Mapping[str, float]) -
 
 
 def reached(history: Sequence[Mapping[str, Any]], metric: str, level: float) -> dict[str, float] | None:
-    """Images and seconds at the first watched step at or below `level`; None if there is none."""
+    """Images and seconds at the first watched step at or below `level`; None if there is none, or no level above 0."""
     for row in history:
-        if row["metrics"].get(metric, math.inf) <= level:
+        if level > 0 and row["metrics"].get(metric, math.inf) <= level:
             return {"images": row["images"], "seconds": row["seconds"]}
     return None
 
@@ -420,7 +436,7 @@ def _over_seeds(
         one: dict[str, Any] = {
             **json.loads(key),
             "seeds": len(values),
-            "student": statistics.fmean(values),
+            "student": statistics.fmean(values) if values else None,
             "spread": _spread(values),
             "euler": first.get("euler", {}).get("metrics", {}).get(metric),
             "teacher": first.get("teacher_scores", {}).get("metrics", {}).get(metric),

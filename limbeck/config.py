@@ -109,7 +109,7 @@ class Real:
     Attributes:
         source: auto: an exact teacher's samples, else data; data; or teacher:N, N Heun samples of the teacher, which
             keeps the method free of data.
-        data: the data set (a name or file as for `teach`), if it is not of the teacher's name.
+        data: the data set (a name or file as for `teach`); None = that of the teacher's name, or what it was taught on.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -160,7 +160,7 @@ class Recipe:
         method: the objective, by name with its hyper-parameters.
         teacher: what is distilled (`limbeck distill`).
         data: what is learned (`limbeck teach`).
-        size: side to which pictures of a folder are resized (`limbeck teach`).
+        size: side to which pictures of a folder are resized (of data, real.data, evaluate.data).
         template: the student's network and its arguments; empty = the teacher's own, or one that suits the shape.
         generator: `file`, a generator to refine: its file, a run folder, or weights of the caller's class (--network)
             with a card; or network, its arguments and `noise` of a plain map from z to samples (`generator.Direct`),

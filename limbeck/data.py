@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limbeck import artifact
+from limbeck import artifact, config
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -72,8 +72,9 @@ def load(source: str, size: int | None = None) -> Data:
     Args:
         source: "digits"; "fashion", Debian's package dataset-fashion-mnist; an .npz file with uint8 images `x`
             (n, H, W, C) or floating-point samples `x` (n, ...), and labels `y` (n,), contexts `y` (n, k) in [0, 1]
-            or none; an IDX folder (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz); or a folder of
-            PNG, JPEG or WebP pictures, whose sub-folders, if any, are classes.
+            or none; an IDX folder (train-images-idx3-ubyte and train-labels-idx1-ubyte, or their .gz); a folder of
+            PNG, JPEG or WebP pictures, whose sub-folders, if any, are classes; or the folder of a run of `limbeck
+            teach`, for the data that it was taught on.
         size: side to which pictures of a folder are cropped (centre square) and resized; None = they all have one size.
 
     Raises:
@@ -87,6 +88,12 @@ def load(source: str, size: int | None = None) -> Data:
     if not path.exists():
         hint = "; Debian's package dataset-fashion-mnist puts it there" if source == "fashion" else ""
         raise ValueError(f"data: no file or folder {str(path)!r}{hint} (bundled: digits)")
+    if _is_run(path):  # its pictures are of samples
+        recipe = config.read_toml(path / "recipe.toml")
+        taught = recipe.get("data")
+        if not isinstance(taught, str) or _is_run(Path(taught)):
+            raise ValueError(f"data: {path} is the folder of a run that read none; name the data themselves")
+        return load(taught, recipe.get("size"))
     if not path.is_dir():
         return read_npz(path, path.name)
     is_idx = any(path.glob("train-images-idx3-ubyte*"))
@@ -96,7 +103,11 @@ def load(source: str, size: int | None = None) -> Data:
 def is_pictures(source: str | None) -> bool:
     """Is `source` a folder of pictures, which can be resized?"""
     path = Path(source or "")
-    return bool(source) and path.is_dir() and not any(path.glob("train-images-idx3-ubyte*"))
+    return bool(source) and path.is_dir() and not _is_run(path) and not any(path.glob("train-images-idx3-ubyte*"))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "recipe.toml").is_file()
 
 
 def check_size(size: int | None, *sources: str | None) -> None:

@@ -13,9 +13,10 @@ well it knows them. Six numbers, lower is better, most of them in the teacher's 
     runaway   for methods with alpha > 1: ln of the samples' variance over the teacher's, in units of
               ln(alpha / (alpha - 1)), where (in one dimension) SiD's update turns outward
 
-A threshold is learned from the run itself: the best median of five looks so far, a margin, and six times the scatter of
-successive looks. Two looks in a row above it are told, once, with what they mean and what to try. A number that was
-never better is not told: at the start a generator makes noise, and that is healthy.
+A threshold is learned from the run itself: the best median of five looks so far, plus a margin or six times the scatter
+of successive looks, whichever is larger. Two looks in a row above it are told, once, with what they mean and what to
+try. A number that was never better is not told, but for `runaway`, whose limit is fixed: at the start a generator makes
+noise, and that is healthy.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch import Tensor
 import limbeck
 from limbeck import artifact, networks, pickles
 from limbeck.denoiser import Denoiser
-from limbeck.files import sha256, write_atomically
+from limbeck.files import check_folder, sha256, write_atomically
 from limbeck.generator import Generator, OneStep, Trajectory
 from limbeck.noise import Karras
 from limbeck.pickles import Instance, View
@@ -132,8 +132,7 @@ def convert(
     for kind in ("denoiser", "generator"):
         if (out / f"{kind}.safetensors").exists():
             raise ValueError(f"out: {out} already holds a {kind}; give another folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file; give a folder")
+    check_folder(out)
     model, facts = load(path, role, sigma_init, preconditioning)
     kind = "generator" if isinstance(model, Generator) else "denoiser"
     target = out / f"{kind}.safetensors"

@@ -39,7 +39,7 @@ def print_keys(verb: str, method: str | None) -> None:
 def _subjects(verb: str, method: str | None) -> list[tuple[Any, Any]]:
     if verb in ("distill", "teach"):
         known = methods.METHODS if verb == "distill" else config.TEACHING
-        recipe = config.resolve({"method": {"name": method or next(iter(known))}}, known)
+        recipe = config.resolve({"method": {"name": method or next(iter(known))}}, known, foreign=verb == "distill")
         return [(config.Recipe, recipe)]
     kinds: dict[str, list[Any]] = {
         "sample": [cli.SampleOptions],

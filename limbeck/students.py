@@ -15,7 +15,7 @@ from limbeck.denoiser import Denoiser, Networked, Preconditioned
 from limbeck.distributed import rank_and_world
 from limbeck.folder import Tell
 from limbeck.generator import Direct, Generator
-from limbeck.noise import Karras
+from limbeck.noise import Karras, Power
 from limbeck.train import Trainer
 
 
@@ -61,7 +61,7 @@ def fit_levels(recipe: Recipe, teacher: Denoiser, tell: Tell) -> Recipe:
     levels = getattr(recipe.method, "levels", None)
     fields = {field.name: field for field in dataclasses.fields(recipe.method)}
     default: Any = fields["levels"].default_factory if "levels" in fields else dataclasses.MISSING
-    if isinstance(levels, Karras) and default is not dataclasses.MISSING and levels == default():
+    if isinstance(levels, Karras | Power) and default is not dataclasses.MISSING and levels == default():
         low, high = (
             max(levels.sigma_min, teacher.sigma_min / teacher.unit),
             min(levels.sigma_max, teacher.sigma_max / teacher.unit),

@@ -307,7 +307,7 @@ def cloud(law: Exact) -> list[list[float]]:
 
 
 def _real(recipe: Recipe) -> Panel:
-    """Images of the data set, if its name is that of the teacher and it is on this machine."""
+    """Images of the data set, if the recipe or the teacher names one and it is on this machine."""
     try:
         real = data.load(recipe.evaluate.data or recipe.data or recipe.teacher or "", recipe.size)
     except ValueError:

@@ -286,6 +286,9 @@ BAD: list[tuple[str, str]] = [
     ("sample text.txt --out o.png", "text.txt: not a readable safetensors file"),
     ("sample . --out o.png", ".: has no finished model"),
     ("sample nowhere --out o/o.png", "teacher: no file or bundled teacher 'nowhere'"),
+    ("doctor exact:ring8 --out text.txt", "out: text.txt is a file"),
+    ("import student.safetensors --out text.txt/o", "out: text.txt is a file"),
+    ("export student.safetensors --to onnx --out text.txt/o.onnx", "out: text.txt is a file"),
     # folders that are no runs
     ("show nowhere", "nowhere: neither a run folder"),
     ("show .", ".: neither a run folder"),
@@ -392,6 +395,12 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str], verb: str) -> No
         for key in keys.get(verb, []):
             assert re.search(f"--{key}\\b", told.out), key
         assert "--label" not in told.out and "--role" not in told.out
+
+
+def test_help_on_a_method_of_the_callers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("distill --help --method limbeck.methods.sid:SiD") == 0
+    assert "--method.loss_scale" in capsys.readouterr().out
+    assert run("teach --help --method limbeck.methods.sid:SiD") == 2
 
 
 @pytest.mark.parametrize(("verb", "method"), [("distill", "sid"), ("distill", "vardiu"), ("teach", "gan")])

@@ -124,6 +124,7 @@ def test_the_target_is_where_a_run_first_comes_near_its_teacher(tmp_path: Path, 
     rows = [{"images": n, "seconds": n / 10, "metrics": {"mmd": m}} for n, m in ((10, 0.9), (20, 0.4), (30, 0.5))]
     assert compare.reached(rows, "mmd", 0.45) == {"images": 20, "seconds": 2.0}
     assert compare.reached(rows, "mmd", 0.1) is None
+    assert compare.reached([{**rows[0], "metrics": {"mmd": -0.9}}], "mmd", -0.8) is None  # a teacher at 0, by chance
     base = {"teacher": "exact:ring8", "method": {"name": "pid", "N": 5}, **tiny, "every": {"evaluate": 3, "sample": 0}}
     for target, told in ((1e3, "2 of 2"), (1e-3, "0 of 2")):
         grid = {"metric": "mmd", "target": target, "base": base, "grid": {"seed": [0, 1]}}
@@ -156,6 +157,13 @@ def test_mmd_is_moved_by_its_square() -> None:
         assert row["metrics"]["mmd2"] == pytest.approx(gap, abs=1e-15)
         assert row["metrics"]["mmd"] == pytest.approx(math.sqrt(max(gap, 0.0)))
         assert row["metrics"]["log_mmd2"] == pytest.approx(math.log(gap) if gap > 0 else math.log(1e-300))
+
+
+def test_a_score_that_no_seed_has_is_left_open() -> None:
+    """As a spread of modes of which none was found."""
+    rows = [row("a", 0, mmd=1.0), row("a", 1, mmd=1.0)]
+    (told,) = compare._over_seeds(rows, ["mode_spread", "mmd"], None, {})
+    assert told["student"] is None and told["seeds"] == 0 and told["mmd"] == 1.0
 
 
 def test_scores_may_be_means_of_the_last_ones_on_the_way(tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -345,6 +353,11 @@ def test_a_teacher_is_scored_once(tmp_path: Path, tiny: dict[str, Any], monkeypa
     half["rows"] = half["rows"][:1]
     (tmp_path / "half.json").write_text(json.dumps(half))
     assert teachers_scored("three", base, tmp_path / "half.json") == (0, whole)
+    # but not how long a sample took there: "seed_1" is measured here
+    again = json.loads((tmp_path / "three" / "comparison.json").read_text())["rows"]
+    assert again[0]["teacher_scores"]["ms_per_image"] > 0 and again[1]["teacher_scores"]["ms_per_image"] is None
+    assert "Speed against the teacher" not in (tmp_path / "three" / "seed_1" / "report.html").read_text()
+    assert "Speed against the teacher" in (tmp_path / "one" / "seed_1" / "report.html").read_text()
     count, other = teachers_scored("four", {**base, "evaluate": {**base["evaluate"], "seed": 5}})
     assert count == 1 and other[0] != whole[0]
     # scores on the way, which are moved, are taken over as they were told
@@ -404,7 +417,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "euler as text": ('euler = "yes"', "euler: must be true or false, got 'yes'"),
     "euler": ('euler = true\nbase.method = "sid"', "euler: only PID has a grid of N levels, seed_0 has another method"),
     "seeds": ("grid.seed = [0, 0]", "grid: two cells are called seed_0"),
-    "teacher": ('grid.teacher = ["exact:ring8", "nope"]', "seed_0-teacher_nope: teacher: no file or bundled"),
+    "teacher": ('variant = [{name = "a"}, {name = "b", teacher = "nope"}]', "b-seed_0: teacher: no file or bundled"),
+    "teachers": ('grid.teacher = ["exact:ring8"]', "grid.teacher: give every teacher a [[variant]] of its own"),
+    "x of seeds": ('x = "seed"', "x: 'seed' must be a key of the grid, not the seed"),
+    "a target of what may grow": ('target = 2\nmetric = "mode_recall"', "target: is a factor on a distance"),
+    "a target below 0": ('target = 2\nmetric = "log_mmd2"', "target: is a factor on a distance, which log_mmd2 is not"),
+    "last of what is not watched": (
+        'last = 1\nalso = ["recall"]\nmetric = "fd_feature"\nbase.teacher = "digits"\nbase.every.evaluate = 100',
+        "last: seed_0 will not have 'recall' on the way; it has class_accuracy, class_balance, classifier_score, fd_",
+    ),
+    "a target that is not watched": (
+        'target = 2\nmetric = "fd_pixel"\nbase.teacher = "digits"', "target: seed_0 will not have 'fd_pixel' on the way"
+    ),
     "program": ('base.evaluate.features = "x.pt"', "evaluate.features: grid.toml names x.pt, a program"),
 }  # fmt: skip
 

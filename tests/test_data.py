@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from limbeck import data
+import limbeck
+from limbeck import config, data, summary
 from limbeck.data import Data
+from limbeck.methods import METHODS
 
 RNG = np.random.default_rng(0)
 
@@ -371,6 +374,33 @@ def test_a_large_picture_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     picture(tmp_path / "a.png", pixels(9, 9))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # Pillow warns from here, and refuses from twice that
     assert data.load(str(tmp_path), 3).shape == (1, 3, 3)
+
+
+def test_a_runs_folder_stands_for_the_data_it_was_taught_on(tmp_path: Path) -> None:
+    """Not for the pictures of samples that it holds."""
+    for name, taught in (("digits", 'data = "digits"'), ("again", f'data = "{tmp_path}/digits"'), ("none", "")):
+        (tmp_path / name / "samples").mkdir(parents=True)
+        (tmp_path / name / "recipe.toml").write_text(taught)
+        Image.new("L", (8, 8)).save(tmp_path / name / "samples" / "step-1.png")
+    found = data.load(str(tmp_path / "digits"))
+    assert found.fingerprint() == data.load("digits").fingerprint()
+    for name in ("again", "none"):
+        with pytest.raises(ValueError, match=r"^data: .* is the folder of a run that read none; name the data"):
+            data.load(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"^size: resizes folders of pictures only"):
+        data.check_size(16, str(tmp_path / "digits"))
+
+
+def test_a_critic_and_the_page_see_the_data_of_a_taught_teacher(tmp_path: Path) -> None:
+    teacher, quick = str(tmp_path / "t"), {"batch": 4, "tell": lambda line: None}
+    network = {"network": "songunet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    keys: dict[str, Any] = {"evaluate": {"samples": 20, "teacher_steps": 2}, "steps": 2}
+    limbeck.teach("digits", out=teacher, template=network, **quick, **keys)
+    keys["evaluate"] |= {"data": "digits", "features": "digits"}
+    limbeck.distill(teacher, "dmd2", out=tmp_path / "r", **quick, **keys)
+    recipe = config.resolve(config.read_toml(tmp_path / "r" / "recipe.toml"), METHODS)
+    panel = summary._real(dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, data=None)))
+    assert panel == summary._real(recipe) and "one class per row" in cast(Any, panel).caption
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:

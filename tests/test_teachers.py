@@ -6,7 +6,7 @@ import json
 import math
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import limbeck
-from limbeck import artifact, cli, features, networks, teachers
+from limbeck import artifact, cli, config, features, networks, students, teachers
 from limbeck.denoiser import Preconditioned, Rescaled
 from limbeck.exact import Gaussian
+from limbeck.methods import METHODS
 from limbeck.networks.unet2d import UNet2D
 from limbeck.sample import heun
 from limbeck.schedule import VP, Alphas, described, named
@@ -256,6 +257,11 @@ def test_distilling_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "r"
     assert cli.main(["distill", f"diffusers:{folder}", "--out", str(out), *RUN]) == 0, capsys.readouterr().err
     assert "method.levels: cut to the teacher's range, 0.0100013 to 80" in capsys.readouterr().err
+    told: list[str] = []
+    recipe = config.resolve({"teacher": f"diffusers:{folder}", "method": "vardiu"}, METHODS)
+    cut = cast(Any, students.fit_levels(recipe, teachers.load(f"diffusers:{folder}"), told.append).method).levels
+    assert told == ["method.levels: cut to the teacher's range, 0.0100013 to 0.5"] and cut.power == 2
+    assert (cut.sigma_min, cut.sigma_max) == pytest.approx((0.0100013, 0.5), rel=1e-5)
     generator = limbeck.load(out)
     assert isinstance(generator.denoiser, Rescaled) and isinstance(generator.denoiser.model, UNet2D)
     assert generator(torch.randn(2, 1, 8, 8), torch.eye(2)).shape == (2, 1, 8, 8)

@@ -330,14 +330,16 @@ class ImageJudge:
 
     @property
     def names(self) -> set[str]:
-        told = {"fd_feature", "fd_feature_infinity", *(f"fd_{name}" for name in self.reference.moments)}
-        told -= {"fd_feature_half"}
+        told = {"fd_feature"}
         if self.is_fid:
             told.add("fid")
         if isinstance(self.network, Classifier):
             told |= {"class_accuracy", "class_balance"}
-        if self.answers:
+        if isinstance(self.network, Classifier) or (self.answers and not self.watched):
             told.add("inception_score" if self.is_fid else "classifier_score")
+        if self.watched:
+            return told
+        told |= {"fd_feature_infinity", *(f"fd_{name}" for name in self.reference.moments)} - {"fd_feature_half"}
         if len(self.reference.rows):
             told |= {*PRDC._fields, "kid", "c2st", "sliced_wasserstein"}
         if len(self.reference.rows) >= COPIES:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from limbeck import artifact
+from limbeck.files import check_folder
 from limbeck.generator import Generator
 
 Target = Literal["onnx", "torch", "diffusers", "hub", "web"]
@@ -74,6 +75,7 @@ def export(
     empty = out.is_dir() and not any(out.iterdir())
     if out.is_dir() if to in SUFFIX else out.exists() and not empty:
         raise ValueError(f"out: {out} exists; remove it or give another name")
+    check_folder(out.parent)
     extra, modules = NEEDS[to]
     for module in modules:
         if importlib.util.find_spec(module) is None:
