@@ -13,7 +13,7 @@ switch                 default                                     what else
                                                                    normaliser (arXiv:2311.18828)
 ``levels``             log-normal, as the code                     any law, e.g. SiD's: ``levels = {stop = 0.8}``
 ``dropout_replay``     off: fake and teacher in eval mode          on: both in training mode with equal masks, as the
-                                                                   code
+                                                                   code; not beside a critic on the fake score
 ``game.sigma_init``    2.5, as SiD and DMD's successors            the code's README: 1.0 for CIFAR-10
 labels                 fresh in every turn                         the code reuses the fake score's labels for the
                                                                    generator's turn

@@ -14,7 +14,8 @@ switch                 default                                     what else
                                                                    not bundled
 ``regression``         0.25, the paper's weight, times the number  0: Diff-Instruct with DMD's weight
                        of coordinates
-``pairs``              10,000 by Heun's method                     the paper: 100,000 (CIFAR-10) to 500,000
+``pairs``              10,000 by Heun's method, of the guided      the paper: 100,000 (CIFAR-10) to 500,000
+                       teacher where the score is
 ``game.sigma_init``    2.5, as SiD                                 the code: 80 times the latent
 ``levels``             log-normal, as the fake score's             the paper: t uniform over 2% to 98% of the steps,
                                                                    about ``levels = {stop = 0.98}``

@@ -16,7 +16,10 @@ ratio                  per sample, at most E_fake[r] = 1 in        the code clam
 ``ratio_raised``       off: a mean ratio below 1 is left           on: brought up to 1, as the true ratio's is; where
                                                                    all samples have strayed, weights say little
 ``weight``             ``dmd``: 1 / mean |x - D_real|              ``uniform``: 1
-``game.adversarial``   softplus on features of the fake score      ``features = "teacher"``, as one public port has it
+``game.adversarial``   softplus on features of the fake score; a   ``features = "teacher"``, as one public port has it
+                       hinge loss gives no ratio and is refused
+gate                   none: the critic counts from the start      ``game.adversarial.after``; before, the weight is
+                                                                   h(1)
 fake steps             2                                           the paper builds on DMD2, which has 5
 ``levels``             log-normal, as the fake score's (see        SiD's law: ``levels = {stop = 0.8}``
                        ``sid``)

@@ -25,8 +25,11 @@ switch                 default                                     what else
                        and a critic's weight beside it in full
 dropout                generator's on in its turn, off elsewhere   as the code
 augmentation           none                                        the code augments the fake score's training samples
-``nan``                ``stop``: the run stops, naming the sample  ``drop``: the code drops samples with NaN at an
-                                                                   unchanged divisor; here in the generator's turn
+``nan``                ``stop``: the run stops, naming the sample  ``drop``: left out at an unchanged divisor, in the
+                                                                   generator's turn, and the turn made again without
+                                                                   them. The code leaves them out of the loss alone:
+                                                                   behind a NaN gradients of 0 are NaN, which it
+                                                                   replaces by 0
 few steps              ``game.calls``: their number goes round     the code draws it at random
                        from 1 to K, a stratified draw
 guidance               ``game.guidance``, off                      SiD-LSG: k1 = k2 = k3 = k4 = 1.5 (long: k4 only)
