@@ -102,10 +102,11 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     text = _metadata(path)
     if text is None:
-        raise ValueError(
-            f"{path}: a safetensors file without Limbeck's card in its metadata, and no "
-            f"{Path(path).with_suffix('.json').name} beside it"
+        beside = Path(path).with_suffix(".json")
+        where = (
+            f"{beside.name} beside it is no card of this kind" if beside.is_file() else f"no {beside.name} beside it"
         )
+        raise ValueError(f"{path}: a safetensors file without Limbeck's card in its metadata, and {where}")
     try:
         card = json.loads(text)
         version, kind = card["format"], card["kind"]

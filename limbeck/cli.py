@@ -164,7 +164,7 @@ def _value(text: str) -> Any:
     if bare[:1] in ("[", "{"):
         try:
             return tomllib.loads(f"value = {bare}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             return text
     return text
 
@@ -498,7 +498,7 @@ def _literal(text: Any) -> Any:
     """Network arguments have no declared types: read numbers, booleans and lists as TOML does."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
@@ -626,7 +626,11 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        columns = {row["name"]: row for row in result["rows"]} | summary.truth_columns(result, settings.samples)
+        columns = {
+            row["name"] if row["samples"] == settings.samples else f"{row['name']}, n={row['samples']}": row
+            for row in result["rows"]
+        }
+        columns |= summary.truth_columns(result, settings.samples)
         for line in summary.table_of(columns):
             print(line)
 

@@ -76,13 +76,13 @@ class Experts(Generator):
 
     def at(self, cond: Tensor | None, like: Tensor) -> Components:
         """The mixture at conditions (B, classes), None = zero rows; `like` (B, ...) gives batch size and dtype."""
-        rows = like.new_zeros(len(like), max(self.classes, 1))
+        rows = like.new_zeros(like.shape[0], max(self.classes, 1))
         if cond is not None:
             if self.classes == 0 or cond.shape != rows.shape:
-                raise ValueError(f"cond: expected shape {(len(like), self.classes)}, got {tuple(cond.shape)}")
+                raise ValueError(f"cond: expected shape {(like.shape[0], self.classes)}, got {tuple(cond.shape)}")
             rows = cond.to(like.dtype)
         (d,) = self.shape
-        means, entries = self.experts(rows).reshape(len(like), self.count, -1).split([d, self.entries], -1)
+        means, entries = self.experts(rows).reshape(like.shape[0], self.count, -1).split([d, self.entries], -1)
         return Components(
             functional.log_softmax(self.gate(rows), 1), self.scale * means, self.scale * lower_triangular(entries, d)
         )
@@ -93,7 +93,7 @@ class Experts(Generator):
         u = torch.special.ndtr(z[:, :1])
         # rounding may leave the last edge below u
         k = ((u >= edges).sum(1) - 1).clamp(0, self.count - 1)
-        row = torch.arange(len(z), device=z.device)
+        row = torch.arange(z.shape[0], device=z.device)
         low, high = edges[row, k], edges[row, k + 1]
         tiny = torch.finfo(z.dtype).eps
         rest = ((u[:, 0] - low) / (high - low).clamp(min=tiny)).clamp(tiny, 1 - tiny)

@@ -35,6 +35,11 @@ class Generator(nn.Module):
         raise NotImplementedError
 
 
+def calls_of(generator: Generator) -> str:
+    """What a sample takes, in words: one network call, 4 network calls."""
+    return "one network call" if generator.nfe == 1 else f"{generator.nfe} network calls"
+
+
 class OneStep(Generator):
     """x = D(sigma z; sigma): a denoiser called once at a fixed level (Diff-Instruct, SiD, DMD).
 
@@ -114,7 +119,7 @@ class Dirac(Generator):
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         if cond is None or self.classes == 0:
-            return self.scale * self.points[:1].expand(len(z), *self.shape)
+            return self.scale * self.points[:1].expand(z.shape[0], *self.shape)
         return self.scale * torch.tensordot(cond.to(self.points.dtype), self.points, 1)
 
     def card(self) -> dict[str, Any]:
@@ -143,7 +148,7 @@ class Direct(Generator):
     def at(self, z: Tensor, noise: float, cond: Tensor | None = None) -> Tensor:
         """Samples (B, *shape) with another constant in the place of `noise`."""
         d = self.denoiser
-        return d.sigma_data * d.network(z, z.new_full((len(z),), noise), d.labels(cond, z))
+        return d.sigma_data * d.network(z, z.new_full((z.shape[0],), noise), d.labels(cond, z))
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.at(z, self.noise, cond)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from limbeck import artifact
-from limbeck.generator import Generator
+from limbeck.generator import Generator, calls_of
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -38,7 +38,7 @@ tags:
 
 # A one-step generator
 
-Made with Limbeck: samples of shape {shape} from noise with one network call. `config.json` says where it comes from.
+Made with Limbeck: samples of shape {shape} from noise with {calls}. `config.json` says where it comes from.
 
 ```python
 import torch
@@ -64,7 +64,7 @@ class HubGenerator(Generator, PyTorchModelHubMixin, library_name="limbeck"):
         super().__init__()
         self.generator, self.facts = generator, dict(facts or {})
         self.shape, self.latent_shape = generator.shape, generator.latent_shape
-        self.classes, self.contexts = generator.classes, generator.contexts
+        self.classes, self.contexts, self.nfe = generator.classes, generator.contexts, generator.nfe
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.generator(z, cond)
@@ -83,7 +83,7 @@ class HubGenerator(Generator, PyTorchModelHubMixin, library_name="limbeck"):
         file = save_directory / "model.safetensors"
         artifact.save(file, "generator", self.generator, self.facts)
         (save_directory / "config.json").write_text(json.dumps(artifact.read_card(file), indent=1) + "\n")
-        (save_directory / "README.md").write_text(README.format(shape=self.shape))
+        (save_directory / "README.md").write_text(README.format(shape=self.shape, calls=calls_of(self)))
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **download: Any) -> HubGenerator:

@@ -46,6 +46,9 @@ LICENCE = (
 )
 
 
+OWN = "a denoiser of Limbeck's"
+
+
 @dataclass(frozen=True)
 class Found:
     """A network that a checkpoint holds.
@@ -84,11 +87,11 @@ def load(
     """
     if sigma_init is not None and not 0 < sigma_init < math.inf:
         raise ValueError(f"sigma_init: must be positive and finite, got {sigma_init}")
-    if role == "teacher" and sigma_init is not None:
-        raise ValueError("sigma_init: belongs to a generator, not to a teacher")
     path = Path(path)
     found, digest = _look(path)
     role = role or found.role or ("generator" if sigma_init is not None else None)
+    if role == "teacher" and sigma_init is not None:
+        raise ValueError(f"sigma_init: belongs to a generator, and {path} is read as a teacher (--as generator)")
     if role is None:
         raise ValueError(f"{path}: {found.holds}; say which with --as teacher, or --as generator --sigma-init S")
     if found.role == "generator" and role == "teacher" and found.card is not None:
@@ -101,7 +104,8 @@ def load(
             f"preconditioning: {path} needs none; it is for weights alone, as a teacher or with sigma_init"
         )
     card = found.card or _card_of_weights(path, found.tensors, "edm" if trajectory else preconditioning)
-    denoiser: Denoiser = artifact.rebuild(path, "denoiser", card, _named(path, card, found.tensors))
+    state: Any = found.tensors if found.holds == OWN else _named(path, card, found.tensors)
+    denoiser: Denoiser = artifact.rebuild(path, "denoiser", card, state)
     facts = {
         "source": {"file": path.name, "sha256": digest, "holds": found.holds, **found.facts},
         "licence": LICENCE,
@@ -176,8 +180,7 @@ def _look_at_safetensors(path: Path) -> Found:
     if kind != "denoiser":
         raise ValueError(f"{path}: is a {kind} of Limbeck's already; use it as it is")
     denoiser = artifact.load(path, "denoiser")
-    state = {name.removeprefix("network."): tensor for name, tensor in denoiser.state_dict().items()}
-    return Found("a denoiser of Limbeck's", "teacher", artifact.describe(denoiser), state, {})
+    return Found(OWN, "teacher", artifact.describe(denoiser), denoiser.state_dict(), {})
 
 
 def _recognise(value: Any) -> Found:

@@ -47,6 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "foreign-text.toml": 'teacher = "exact:ring8"\nmethod = "antigravity:fly"',
         "list.toml": 'teacher = "exact:ring8"\nmethod = ["pid"]', "teaching.toml": 'data = "digits"\nsteps = 1',
         "good.toml": 'teacher = "exact:ring8"\n[method]\nname = "pid"\nN = 20', "text.txt": "hello\n",
+        "deep.toml": "steps = " + 5000 * "[",
         "no-means.toml": "weights = [1.0]\nstds = 0.1",
         "more.toml": "weights = [1]\nmeans = [[0, 0]]\nstds = 1\ncolour = 3",
         "stds.toml": "weights = [1, 1]\nmeans = [[0, 0], [1, 1]]\nstds = [0.1]",
@@ -296,6 +297,9 @@ BAD: list[tuple[str, str]] = [
     ("show . --colour 3", "colour: unknown key"),
     ("compare nowhere.toml --out o", "nowhere.toml: not a readable TOML file"),
     ("compare good.toml", "out: is missing"),
+    ("distill deep.toml --out o", "deep.toml: not a readable TOML file"),
+    ("distill exact:deep.toml --out o", "deep.toml: not valid TOML"),
+    (f"distill exact:ring8 --out o --steps {'[' * 3000}", "steps: "),
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_report import Outline, opened, root_of
 from torch import Tensor, nn
 
@@ -1262,6 +1263,44 @@ def test_scores_are_stored_by_what_they_depend_on(points: Path, tmp_path: Path) 
     assert len(list((out / "scores").iterdir())) == 3
 
 
+@pytest.mark.parametrize("level", [1.0, 5.0])
+def test_the_same_weights_at_another_level_are_another_model(tmp_path: Path, level: float) -> None:
+    denoiser = Preconditioned(networks.build("mlp", {"shape": [2], "width": 8, "depth": 1}), (2,))
+    for name, sigma in (("a", 2.5), ("b", level)):
+        (tmp_path / name).mkdir()
+        artifact.save(tmp_path / name / "generator.safetensors", "generator", OneStep(denoiser, sigma), {})
+    names = [str(tmp_path / name) for name in "ab"]
+    one, two = contests.contest(names, QUICK, tmp_path / "out", quiet, against="exact:ring8")["rows"]
+    assert one["metrics"]["mmd"] != two["metrics"]["mmd"]
+
+
+def test_labels_that_are_not_the_denoisers_are_left_out(tmp_path: Path) -> None:
+    """A teacher of three classes beside ten digits: its curve of losses is that without labels."""
+    network = {"shape": [1, 8, 8], "classes": 3, "width": 16, "depth": 1, "heads": 2, "patch": 4}
+    artifact.save(
+        tmp_path / "few.safetensors", "denoiser", Preconditioned(networks.build("dit", network), (1, 8, 8), 3), {}
+    )
+    settings = dataclasses.replace(QUICK, samples=20, teacher_steps=2)
+    contests.contest([str(tmp_path / "few.safetensors")], settings, tmp_path / "out", quiet, against="digits")
+    assert "Denoising loss over noise levels" in (tmp_path / "out" / "contest.html").read_text()
+
+
+def test_pictures_of_given_data_are_resized_for_the_page_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "pics").mkdir()
+    for number in range(30):
+        Image.fromarray(rng.integers(0, 256, (16, 16)).astype(np.uint8)).save(tmp_path / "pics" / f"{number}.png")
+    settings = dataclasses.replace(QUICK, samples=20, teacher_steps=2, data=str(tmp_path / "pics"), features="digits")
+    contests.contest(["digits"], settings, tmp_path / "out", quiet, size=8)
+    assert "are not on this machine" not in (tmp_path / "out" / "contest.html").read_text()
+
+
+def test_other_numbers_of_samples_are_named_on_the_terminal(points: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "exact:ring8@2", str(points), "--samples", "150"]) == 0
+    head = capsys.readouterr().out.splitlines()[0]
+    assert f"{points}, n=200" in head and "exact:ring8@2, n=" not in head
+
+
 def test_other_numbers_of_samples_are_named(points: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(QUICK, samples=150)
     result = contests.contest(["exact:ring8@2", str(points)], settings, tmp_path / "out", quiet)
@@ -1307,7 +1346,7 @@ def test_the_nearest_images_of_a_copy_are_itself(digits: Path, tmp_path: Path) -
 
     judge = contests.judge_of("digits", QUICK, None, {})
     who = contests.Contestant("digits", Copier(), None, 2)
-    (panel,) = contests._neighbours([who], judge, QUICK)
+    (panel,) = contests._neighbours([who], judge, QUICK, None)
     assert "Smallest pixel distance of a sample to any training image: 0 (0 is a copy)" in panel.caption
 
 
@@ -1338,7 +1377,7 @@ def test_the_data_of_a_teacher_of_ones_own(student: Path, digits: Path, tmp_path
     artifact.save(tmp_path / "s.safetensors", "generator", generator, {"recipe": {"teacher": str(teacher)}})
     judge = read_judge(artifact.bundled("digits-reference.npz"), "digits", True)
     who = contests.contestant(str(tmp_path / "s.safetensors"), 4)
-    (panel,) = contests._neighbours([who], judge, QUICK)
+    (panel,) = contests._neighbours([who], judge, QUICK, None)
     assert "Smallest pixel distance" in panel.caption
 
 

@@ -23,14 +23,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import limbeck
 from limbeck import artifact, cli, networks
 from limbeck.denoiser import Preconditioned
+from limbeck.experts import Experts
 from limbeck.export import TARGETS, check, export, folders, graph, web
-from limbeck.generator import Generator, OneStep, Trajectory
+from limbeck.generator import Dirac, Direct, FewStep, Generator, OneStep, Trajectory
 from limbeck.given import Given
 from limbeck.hub import HubGenerator
 from limbeck.networks.gan import Decoder
@@ -77,6 +79,8 @@ MODELS: dict[str, Callable[[], Generator]] = {
     "ddpm++": lambda: shaken(Trajectory(preconditioned("songunet", UNET, (1, 8, 8)), Karras())),
     "ncsn++": lambda: shaken(OneStep(preconditioned("songunet", UNET | NCSN | {"label_dim": 2}, (1, 8, 8), 2), 2.5)),
     "gan": lambda: shaken(Given(Decoder((1, 9, 12), 3, latent=5, width=8), (5,), (1, 9, 12), 3)),
+    "plain": lambda: shaken(Direct(preconditioned("perceptron", {"shape": [2], "width": 16, "depth": 2}, (2,)), 1.0)),
+    "point": lambda: shaken(Dirac((2,))),
     "adm": lambda: shaken(
         OneStep(preconditioned("adm", UNET | {"label_dim": 3, "model_channels": 32}, (1, 8, 8), 3), 2.5)
     ),
@@ -127,6 +131,41 @@ def apart(generator: Generator, z: Tensor, cond: Tensor | None, other: Any) -> f
     expected = generator(z, cond)
     assert tuple(other.shape) == tuple(expected.shape) and expected.std() > 1e-2
     return float((torch.as_tensor(other) - expected).abs().max())
+
+
+def test_a_mixture_of_experts_is_a_program_and_not_onnx(tmp_path: Path) -> None:
+    """The inverse of the normal distribution function is none of ONNX's."""
+    mixture = Experts((2,), 0, 4, 8, 0.5).eval()
+    assert export(mixture, "torch", tmp_path / "m.pt2").difference == 0
+    with pytest.raises(ValueError, match=r"^to: ONNX cannot express this generator \(.*ndtri.*\); torch can$"):
+        export(mixture, "onnx", tmp_path / "m.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt2"]
+
+
+def test_files_say_how_many_network_calls_they_take(tmp_path: Path) -> None:
+    few = FewStep(MODELS["points"]().denoiser, [5.0, 1.0]).eval()  # type: ignore[attr-defined]
+    text = web.page(few, {}, 1)
+    assert "<dd>2</dd>" in text and "drawn in <em>2 steps</em> each" in text
+    assert "<dd>1</dd>" in web.page(MODELS["points"](), {}, 1)
+    assert HubGenerator(few).nfe == 2
+    export(few, "hub", tmp_path / "few")
+    assert "from noise with 2 network calls" in (tmp_path / "few" / "README.md").read_text()
+
+
+def test_weights_with_a_card_beside_them_are_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = MODELS["gan"]()
+    safetensors.torch.save_file(given.network.state_dict(), tmp_path / "gan.safetensors")  # type: ignore[operator]
+    card = {"latent_shape": [5], "shape": [1, 9, 12], "classes": 3, "arguments": {**given.network.arguments}}
+    (tmp_path / "gan.json").write_text(json.dumps(card))
+    for network in (None, Decoder):
+        if network is None:
+            with pytest.raises(ValueError, match=r"gan\.json: the network is the caller's own class"):
+                export(tmp_path / "gan.safetensors", "torch", tmp_path / "gan.pt2")
+        else:
+            export(tmp_path / "gan.safetensors", "torch", tmp_path / "gan.pt2", network=network)
+    module = torch.export.load(tmp_path / "gan.pt2").module()
+    z, _, cond = inputs(given, 4)
+    assert apart(given, z, cond, module(z, cond)) <= 1e-6
 
 
 # --- ONNX and torch.export --------------------------------------------------------------------------------------------

@@ -31,10 +31,11 @@ from watch import WATCH
 
 import limbeck
 from limbeck import artifact, cli, importer, networks, pickles, teachers
-from limbeck.denoiser import EpsPreconditioned, Preconditioned, iddpm_levels
+from limbeck.denoiser import EpsPreconditioned, Preconditioned, Rescaled, iddpm_levels
 from limbeck.generator import OneStep, Trajectory
 from limbeck.noise import Karras
 from limbeck.sample import heun
+from limbeck.schedule import VP
 
 GOLDEN = Path(os.environ.get("LIMBECK_GOLDEN", "golden")).absolute()  # tests change the folder
 GOLDEN_NAMES = (
@@ -326,6 +327,16 @@ def test_a_file_of_our_own(equal: Any) -> None:
     assert equal(teachers.load("out").state_dict(), artifact.load("own.safetensors", "denoiser").state_dict())
     importer.convert(Path("own.safetensors"), Path("student"), "generator", 1.5)
     assert limbeck.load("student").sigma == 1.5
+    with pytest.raises(
+        ValueError, match=r"^sigma_init: belongs to a generator, and own\.safetensors is read as a teacher"
+    ):
+        importer.convert(Path("own.safetensors"), Path("lost"), sigma_init=1.5)
+    discrete = Rescaled(original.network, VP(), "eps", original.shape, 3)
+    artifact.save(Path("discrete.safetensors"), "denoiser", discrete, {})
+    importer.convert(Path("discrete.safetensors"), Path("copy"))
+    copied = teachers.load("copy")
+    assert isinstance(copied, Rescaled) and artifact.describe(copied) == artifact.describe(discrete)
+    assert equal(copied.state_dict(), discrete.state_dict())
     with pytest.raises(ValueError, match="is a generator of Limbeck's already"):
         importer.convert(Path("student/generator.safetensors"), Path("again"))
 

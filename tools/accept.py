@@ -32,6 +32,8 @@ from limbeck.health import Looks
 from limbeck.machine import commit, machine, peak_memory_mib, versions
 
 ROOT = Path(__file__).parent.parent
+# of this commit: a finished run is not made again. Results that are written make the tree another one
+RUNS = ROOT / "runs" / "accept" / (commit() or "unknown").rstrip("+")
 
 
 def ring8(result: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -97,9 +99,7 @@ def first_minutes() -> dict[str, Any]:
 
 def compared(name: str, holds: Callable[[dict[str, Any]], list[tuple[str, bool]]]) -> dict[str, Any]:
     """The comparison of studies/NAME.toml, and what holds of it."""
-    result = compare(
-        ROOT / "studies" / f"{name}.toml", ROOT / "runs" / "accept" / name, print, workers=os.cpu_count() or 1
-    )
+    result = compare(ROOT / "studies" / f"{name}.toml", RUNS / name, print, workers=os.cpu_count() or 1)
     return {**result, "checks": holds(result)}
 
 
@@ -187,7 +187,7 @@ def safety_cost() -> dict[str, Any]:
 
 def gan_refinement() -> dict[str, Any]:
     """The GAN of recipes/fashion-gan.toml, refined in 3 seeds: its distance falls by more than draws differ."""
-    place = ROOT / "runs" / "accept" / "gan-refinement"
+    place = RUNS / "gan-refinement"
     table = config.read_toml(ROOT / "recipes" / "fashion-gan.toml")
     run.run_teaching(config.resolve(table, config.TEACHING), place / "gan", print)
     makers = {"gan": place / "gan"}

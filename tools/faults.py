@@ -303,7 +303,7 @@ def commands(row: Row, folder: Path, size: Size, rng: random.Random) -> None:
             told = process.communicate()[1]
             row.tracebacks += "Traceback" in told
             went_on = told.partition("continuing at step ")[2].split("\n")[0]
-            row.lost = max(row.lost, before - int(went_on) if went_on else 0)
+            row.lost = max(row.lost, before - int(went_on) if went_on else 0 if "finished at step" in told else before)
             before = _logged(out)
             if process.returncode == 0:
                 break

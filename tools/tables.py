@@ -218,12 +218,15 @@ def lacking(result: dict[str, Any]) -> list[str]:
 
 
 def origin(result: dict[str, Any]) -> str:
-    """Where a result was measured: the commit of its last writing, the processors of all rows."""
-    where, known = result["machine"], result["commit"] or "unknown"
-    commit = f"commit {known[:9]}{'+' if known.endswith('+') else ''}"
+    """Where a result was measured: commits and processors of its rows, or of its writing if it has none."""
+    where = result["machine"]
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     rows = result.get("rows", [])  # of a comparison a list, each with its machine; of cost.json a table without
-    machines = [row["machine"] for row in rows if "machine" in row] if isinstance(rows, list) else []
+    rows = rows if isinstance(rows, list) else []
+    made = [row.get("commit") or "unknown" for row in rows] or [result["commit"] or "unknown"]
+    commits = list(dict.fromkeys(f"{known[:9]}{'+' if known.endswith('+') else ''}" for known in made))
+    commit = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    machines = [row["machine"] for row in rows if "machine" in row]
     processors = " and ".join(sorted({each["processor"] for each in machines or [where]}))
     return ", ".join((commit, f"torch {result['versions']['torch']}", processors, threads))
 

@@ -6,6 +6,7 @@ evaluation again reads them, an interrupted one goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -67,6 +68,12 @@ class Contestant:
             return self.samples.fingerprint()
         assert self.model is not None
         return artifact.fingerprint(self.model)
+
+    def card(self) -> dict[str, Any] | None:
+        """How a model's weights are read (its levels, its scale): not in the hash of the weights. None if unknown."""
+        with contextlib.suppress(ValueError):  # a network that Limbeck cannot rebuild
+            return None if self.model is None else artifact.describe(self.model)
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -200,7 +207,7 @@ def contest(
         "commit": commit(),
     }
     if out is not None and rank_and_world()[0] == 0:
-        _write(out, result, lambda: page(result, contestants, judge, settings))
+        _write(out, result, lambda: page(result, contestants, judge, settings, size))
         tell(f"report: {out / 'contest.html'}")
     return result
 
@@ -243,9 +250,11 @@ def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | Non
     """The contestant's scores, from the store if it has them."""
     key: dict[str, Any] = {
         "model": who.fingerprint(),
+        "card": who.card(),
         "judge": judge.hashes(),
         "settings": config.plain(settings),
         "v": versions(),
+        "commit": commit(),
     }
     key["steps"] = who.steps if isinstance(who.model, Denoiser) else None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -291,7 +300,13 @@ def _cost(who: Contestant) -> dict[str, Any]:
     return told
 
 
-def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge, settings: Evaluation) -> str:
+def page(
+    result: dict[str, Any],
+    contestants: Sequence[Contestant],
+    judge: Judge,
+    settings: Evaluation,
+    size: int | None = None,
+) -> str:
     """The contest as one HTML page."""
     rows = result["rows"]
     table = []
@@ -304,8 +319,8 @@ def page(result: dict[str, Any], contestants: Sequence[Contestant], judge: Judge
     for name, block in truths.items():
         table.append({"name": name, **{key: block["metrics"][key] for key in MAIN if key in block["metrics"]}})
     table = [{key: line[key] for key in ("name", *MAIN, *COSTS) if key in line} for line in table if len(line) > 1]
-    panels: list[Panel] = [*_curves(result), *_pictures(contestants, judge, settings), *_classes(result)]
-    panels += _noise_levels(contestants, result["law"], settings)
+    panels: list[Panel] = [*_curves(result), *_pictures(contestants, judge, settings, size), *_classes(result)]
+    panels += _noise_levels(contestants, result["law"], settings, size)
     intro = (
         f"{len(rows)} contestants against {result['law']}, {settings.samples:,} samples each"
         f"{f', {settings.draws} draws' if settings.draws > 1 else ''}. The floor is what the truth itself scores: "
@@ -356,7 +371,7 @@ def _curves(result: dict[str, Any]) -> list[Panel]:
     return panels
 
 
-def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluation) -> list[Panel]:
+def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluation, size: int | None) -> list[Panel]:
     """Grids or clouds from equal noise, and the nearest training images of the first generator's samples."""
     panels: list[Panel] = []
     clouds: dict[str, list[list[float]]] = {}
@@ -370,7 +385,7 @@ def _pictures(contestants: Sequence[Contestant], judge: Judge, settings: Evaluat
             panels.append(report.Picture(who.name, text, png(grid(x, 10))))
     if clouds:
         panels.append(report.Scatter("Samples", "Models start from equal noise.", clouds))
-    return panels + _neighbours(contestants, judge, settings)
+    return panels + _neighbours(contestants, judge, settings, size)
 
 
 def _some(who: Contestant, seed: int, count: int) -> tuple[Tensor, str]:
@@ -384,13 +399,13 @@ def _some(who: Contestant, seed: int, count: int) -> tuple[Tensor, str]:
     return generate(sampler, drawn, classes), text
 
 
-def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evaluation) -> list[Panel]:
+def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evaluation, size: int | None) -> list[Panel]:
     """Samples beside their nearest training images in features: copies would show."""
     who = next((c for c in contestants if isinstance(c.model, Generator)), None)
     if who is None or not isinstance(judge, ImageJudge):
         return []
     law = law_of(who.name)
-    train = _data_of(law, who.shape, settings)
+    train = _data_of(law, who.shape, settings, size)
     if train is None:
         text = f"Nothing to show: the data of {law} are not on this machine (give --data)."
         return [report.Picture("Nearest training images", text, b"")]
@@ -407,10 +422,11 @@ def _neighbours(contestants: Sequence[Contestant], judge: Judge, settings: Evalu
     return [report.Picture("Nearest training images", text, png(grid(pairs, 4)))]
 
 
-def _data_of(law: str, shape: tuple[int, ...], settings: Evaluation) -> Data | None:
+def _data_of(law: str, shape: tuple[int, ...], settings: Evaluation, size: int | None) -> Data | None:
     """The data behind a law, if they are on this machine; a teacher that was taught here says in its recipe which."""
     try:
-        samples = data.load(settings.data or law_of(law), _recipe_of(law).get("size"))
+        size = _recipe_of(law).get("size") if settings.data is None else size
+        samples = data.load(settings.data or law_of(law), size)
     except ValueError:
         return None
     return samples if samples.shape == tuple(shape) else None
@@ -437,13 +453,13 @@ def _classes(result: dict[str, Any]) -> list[Panel]:
     return panels
 
 
-def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluation) -> list[Panel]:
+def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluation, size: int | None) -> list[Panel]:
     """EDM's denoising loss of every denoiser at levels across its range: where it is worse than it should be."""
     title = "Denoising loss over noise levels"
     denoisers = {who.name: who.model for who in contestants if isinstance(who.model, Denoiser)}
     if not denoisers:
         return [report.Picture(title, "Nothing to show: no contestant is a denoiser (add the teacher).", b"")]
-    clean = _truth(law, contestants[0].shape, settings)
+    clean = _truth(law, contestants[0].shape, settings, size)
     if clean is None:
         return [
             report.Picture(title, f"Nothing to show: the data of {law} are not on this machine (give --data).", b"")
@@ -453,7 +469,8 @@ def _noise_levels(contestants: Sequence[Contestant], law: str, settings: Evaluat
     for name, denoiser in denoisers.items():
         levels = default_levels(denoiser).quantile(torch.linspace(0, 1, 16))
         cond = None
-        if denoiser.classes and clean.y is not None:
+        # without the condition, where the law's labels are not the denoiser's
+        if denoiser.classes and not denoiser.contexts and clean.y is not None and int(clean.y.max()) < denoiser.classes:
             cond = one_hot(clean.y, denoiser.classes)
         with torch.no_grad():
             losses = [_level_loss(denoiser, clean.x, eps, level, cond) for level in levels]
@@ -468,12 +485,12 @@ def _level_loss(denoiser: Denoiser, x: Tensor, eps: Tensor, level: Tensor, cond:
     return float(denoising(estimate, x, sigma, denoiser.sigma_data).mean())
 
 
-def _truth(law: str, shape: tuple[int, ...], settings: Evaluation) -> Data | None:
+def _truth(law: str, shape: tuple[int, ...], settings: Evaluation, size: int | None) -> Data | None:
     """Five hundred samples of the law, if they can be had."""
     if law.startswith("exact:"):
         target: Any = teachers.load(law)
         return Data(law, target.sample(500, stream(settings.seed, "truth")), None)
-    samples = _data_of(law, shape, settings)
+    samples = _data_of(law, shape, settings, size)
     if samples is None:
         return None
     rows = torch.randperm(len(samples.x), generator=stream(settings.seed, "truth"))[:500]

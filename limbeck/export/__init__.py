@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from limbeck import artifact
+from limbeck import artifact, refine
 from limbeck.files import check_folder
 from limbeck.generator import Generator
 
@@ -111,7 +111,11 @@ def export(
 def _opened(source: str | Path | Generator, network: type[nn.Module] | None) -> tuple[Generator, dict[str, Any]]:
     """A generator and all that its file says."""
     if not isinstance(source, Generator):
-        path = artifact.locate(str(source), "generator")
+        path = Path(artifact.locate(str(source), "generator"))
+        if path.is_file() and not artifact.is_carded(path):  # plain weights with a card beside them
+            beside = refine.generator_at(path, network)
+            if beside is not None:
+                return _opened(beside.eval(), network)
         return artifact.load_generator(path, network), artifact.read_card(path)
     if source.training:
         raise ValueError("generator: is in training mode; call generator.eval() first")

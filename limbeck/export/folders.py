@@ -23,7 +23,7 @@ from torch import Tensor
 
 from limbeck.denoiser import Preconditioned
 from limbeck.export.check import Probe, compare
-from limbeck.generator import Generator, OneStep
+from limbeck.generator import Generator, OneStep, calls_of
 
 OPENING = """---
 library_name: diffusers
@@ -51,7 +51,7 @@ PLAIN = (
     "alone, and is made for one step: more would be a mistake."
 )
 CUSTOM = (
-    "One network call per image, by `pipeline.py` in this folder: it needs `limbeck` installed, and "
+    "{calls} per image, by `pipeline.py` in this folder: it needs `limbeck` installed, and "
     "`trust_remote_code=True` lets diffusers run that file: read it first, it is short. The weights in `generator/` "
     'are read by Limbeck and cannot run code; `limbeck.load("generator/model.safetensors")` opens them without it.'
 )
@@ -82,7 +82,7 @@ def write_diffusers(generator: Generator, card: Mapping[str, Any], folder: Path)
     _, height, width = generator.shape
     (folder / "README.md").write_text(
         OPENING.format(
-            about=CUSTOM if plain is None else PLAIN,
+            about=CUSTOM.format(calls=calls_of(generator).capitalize()) if plain is None else PLAIN,
             trust=", trust_remote_code=True" if plain is None else "",
             label=", class_labels=[0, 0, 0, 0]" if generator.classes else "",
             height=height,

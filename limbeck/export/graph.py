@@ -56,18 +56,23 @@ def to_onnx(generator: Generator, card: Mapping[str, Any]) -> bytes:
         # diffusers' UNet2DModel copies memory from batch 64 on: a branch in Python, but none in what is computed.
         program = to_program(generator, Dim.DYNAMIC)
     shapes = {name: {0: Dim("batch")} for name in _inputs(generator)}
-    with _quiet():
-        exported = torch.onnx.export(
-            program,
-            _example(generator),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            external_data=False,
-            input_names=_inputs(generator),
-            output_names=["x"],
-            dynamic_shapes=shapes,
-        )
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                _example(generator),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                external_data=False,
+                input_names=_inputs(generator),
+                output_names=["x"],
+                dynamic_shapes=shapes,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0]
+        raise ValueError(f"to: ONNX cannot express this generator ({reason}); torch can") from None
     assert exported is not None
     exported.model.metadata_props["limbeck"] = json.dumps(card, sort_keys=True)
     content: bytes = exported.model_proto.SerializeToString()

@@ -82,10 +82,12 @@ def page(generator: Generator, card: Mapping[str, Any], size: int) -> str:
         "megabytes": f"{size / 1e6:.1f}",
     }
     title, heading = _heading(card)
+    steps = "one step" if generator.nfe == 1 else f"{generator.nfe} steps"
     return Template(template).substitute(
         title=html.escape(f"{title} · Limbeck"),
         heading=heading,
-        lead=f"These {things} are drawn in <em>one step</em> each, by a network that runs in your browser. "
+        calls=generator.nfe,
+        lead=f"These {things} are drawn in <em>{steps}</em> each, by a network that runs in your browser. "
         "Nothing leaves this device.",
         between="Between two points" if points else "Between two samples",
         how="Choose two points above, then see where the noises between their noises land."

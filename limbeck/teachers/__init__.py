@@ -113,7 +113,7 @@ def read_mixture(path: Path) -> Mixture:
     """
     try:
         table = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
     keys = ("weights", "means", "stds")
     for key in keys:
