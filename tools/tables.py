@@ -223,7 +223,7 @@ def origin(result: dict[str, Any]) -> str:
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     rows = result.get("rows", [])  # of a comparison a list, each with its machine; of cost.json a table without
     rows = rows if isinstance(rows, list) else []
-    made = [row.get("commit") or "unknown" for row in rows] or [result["commit"] or "unknown"]
+    made = [row["commit"] for row in rows if row.get("commit")] or [result["commit"] or "unknown"]
     commits = list(dict.fromkeys(f"{known[:9]}{'+' if known.endswith('+') else ''}" for known in made))
     commit = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
     machines = [row["machine"] for row in rows if "machine" in row]
