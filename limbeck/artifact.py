@@ -70,7 +70,8 @@ def save(path: Path, kind: str, module: nn.Module, facts: Mapping[str, Any], dty
     card = {"format": FORMAT, "kind": kind, "card": describe(module), **facts}
     card = json.loads(json.dumps(card))  # as it will be read
     tensors = {
-        name: (t.to(dtype) if dtype and t.is_floating_point() else t).cpu().contiguous()
+        # copied, because safetensors stores no tensor under two names, as tied weights have
+        name: t.to("cpu", dtype if t.is_floating_point() else None, copy=True).contiguous()
         for name, t in module.state_dict().items()
     }
     card["sha256"] = _hash(card, tensors)
@@ -235,6 +236,19 @@ def fingerprint(module: nn.Module) -> str:
     """SHA-256 over a module's class, form and contexts, and the names, shapes and values of its tensors."""
     facts = f"{getattr(module, 'form', '')}{' of contexts' if getattr(module, 'contexts', False) else ''}"
     return _digest(type(module).__name__ + facts, module.state_dict())
+
+
+def reading(module: nn.Module) -> str:
+    """How a model's weights are read, which their hash leaves out: its card, or what it says of its levels and scale.
+
+    Equal weights in another convention are another model.
+    """
+    with contextlib.suppress(ValueError):
+        return json.dumps(describe(module), sort_keys=True)
+    told = {
+        name: getattr(module, name, None) for name in ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output")
+    }
+    return json.dumps({name: value for name, value in told.items() if isinstance(value, int | float | str)})
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

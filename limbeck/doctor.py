@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck import artifact
 from limbeck.denoiser import Denoiser, Output, Preconditioned, Rescaled
 from limbeck.exact import Exact, Gaussian
 from limbeck.noise import Karras
@@ -178,9 +179,7 @@ def preflight(teacher: Denoiser, cache: Path, fingerprint: str, tell: Callable[[
     if isinstance(teacher, Exact):
         return None
     # the weights, and how they are read: a corrected card is another teacher
-    facts = ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output", "schedule", "contexts")
-    read = [getattr(teacher, name, None) for name in facts]
-    key = hashlib.sha256(f"{fingerprint} {read}".encode()).hexdigest()
+    key = hashlib.sha256(f"{fingerprint} {artifact.reading(teacher)}".encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         if json.loads(cache.read_text())["teacher"] == key:
             return None

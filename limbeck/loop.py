@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -70,13 +71,19 @@ class Job:
     network: type[nn.Module] | None = None  # the caller's own class
     held_out: data.Data | None = None  # what a classifier is scored on
     given: str = ""  # fingerprint of a given generator
+    reading: str = ""  # how the teacher's weights are read
     parts: int = 1  # micro-batches
     teacher_scores: dict[str, Any] | None = None  # where they are known already: they take minutes
 
     @property
     def origin(self) -> str:
         """What the run began with: it is refused to go on with anything else."""
-        return self.identity + self.given
+        read = hashlib.sha256(self.reading.encode()).hexdigest() if self.reading else ""
+        return self.identity + self.given + read
+
+    def began_with(self, origin: str) -> bool:
+        """Is this the job's origin, also as earlier versions wrote it, without how the teacher is read?"""
+        return origin in (self.origin, self.identity + self.given)
 
     def in_parts(self, parts: int) -> Job:
         """The job with so many micro-batches."""
@@ -467,7 +474,7 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
         if is_first():
             (job.out / "log.jsonl").unlink(missing_ok=True)
         return 0.0, None, Monitor()
-    if state["identity"] != job.origin:
+    if not job.began_with(state["identity"]):
         raise ValueError(f"out: {job.out} was begun with another teacher, data set or generator of the same name")
     # rates that fall do so towards the last step
     falling = any(optimizer.schedule != "constant" for optimizer in job.recipe.optimizer.values())

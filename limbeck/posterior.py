@@ -39,7 +39,8 @@ class Encoder(nn.Module):
 
     def __init__(self, template: Denoiser, channels: int, raw_inputs: bool = False) -> None:
         super().__init__()
-        if not isinstance(template, Preconditioned) or not hasattr(template.network, "arguments"):
+        kind = getattr(template.network, "name", "") if isinstance(template, Preconditioned) else ""
+        if not isinstance(template, Preconditioned) or kind not in networks.NETWORKS or kind == "unet2d":
             raise ValueError("template: a posterior is built from one of Limbeck's networks; set template.network")
         first, *rest = template.shape
         shape = (max(first, channels), *rest)

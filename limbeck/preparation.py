@@ -41,6 +41,10 @@ def provider_for(recipe: Recipe, teacher: Denoiser) -> Provider | Recorded | Non
         if samples.contexts is None or width != teacher.classes:
             raise ValueError(f"real.data: has {width} numbers a context (y), the teacher {teacher.classes}")
         return Recorded(samples.x, samples.contexts)
+    if samples.y is not None:
+        missing = sorted(set(range(teacher.classes)) - set(samples.y.tolist()))
+        if missing:
+            raise ValueError(f"real.data: holds no sample of class {missing[0]}, and the teacher has {teacher.classes}")
     return provider_of(samples.x, samples.y)
 
 

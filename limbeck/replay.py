@@ -125,7 +125,7 @@ def replay(
     state = checkpoint.load_newest(out / loop.NONFINITE, tell, partial(loop.load_state, job))
     if state is None:
         raise ValueError(f"{out}: no turn to replay; a run keeps one when it meets NaN or Inf")
-    if job.origin != state["identity"]:
+    if not job.began_with(state["identity"]):
         raise ValueError(f"{out}: the turn was played with another teacher, data set or generator of the same name")
     torch.set_num_threads(int(state["threads"]))
     if state["versions"] != versions():

@@ -30,6 +30,7 @@ from limbeck.train import ALL_OPEN, Source, Trainer
 
 PROBE = 4  # samples; and twice as many
 GIB = 2**30
+GROUP = Path("/sys/fs/cgroup")  # of this process, as its container shows it
 # measured on six networks: what torch's kernels allocate by themselves, and code that is loaded on first use; and the
 # share of freed activations that the C library keeps
 SLACK, KERNELS, KEPT = 1.12, 30 * 2**20, 0.75
@@ -209,9 +210,10 @@ def free_memory(device: torch.device = CPU) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024 // here * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
     with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append((limit - used) // here)
+        limit, used = (int((GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        # files that were read are kept as long as nobody needs the room
+        stat = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        found.append((limit - used + int(stat.get("inactive_file", 0))) // here)
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError):

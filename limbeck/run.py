@@ -125,7 +125,7 @@ def distillation(
     prepare = Preparation(teacher, template, start, noise, provider)
     job = Job(
         recipe, out, trainer, noise, artifact.fingerprint(teacher), "generator", judge, prepare, network,
-        given="" if given is None else artifact.fingerprint(given),
+        given="" if given is None else artifact.fingerprint(given), reading=artifact.reading(teacher),
     )  # fmt: skip
     loop.check(job)
     return job.in_parts(max(1, recipe.micro_batches))

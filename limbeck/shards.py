@@ -45,7 +45,7 @@ def split(module: nn.Module) -> None:
             # a sum is a sum in any backend; averages are not
             cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
         for name in ("trace", "features"):
-            if hasattr(network, name):
+            if callable(getattr(type(network), name, None)):
                 register_fsdp_forward_method(network, name)
     # outputs that are views must not be changed in place, which nothing here does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

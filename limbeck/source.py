@@ -136,7 +136,7 @@ class RealSource:
             if isinstance(self.provider, Recorded):
                 rows = torch.randint(len(self.provider.x), (n,), generator=rng)
                 if self.noise.antithetic:
-                    rows[-(n // 2) :] = rows[: n // 2]
+                    rows[n - n // 2 :] = rows[: n // 2]
                 real, cond = self.provider.x[rows], self.provider.contexts[rows].to(self.noise.dtype)
             else:
                 real = self.provider(n, rng, cond if cond is None or self.noise.contexts else cond.argmax(1))

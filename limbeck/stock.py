@@ -43,7 +43,13 @@ def teacher_pairs(
         guidance: scale of the teacher's, if it knows labels.
     """
     strong = guidance != 1 and teacher.classes > 0
-    key = seed_of(artifact.fingerprint(teacher), seed, steps, *([f"guidance {guidance}"] if strong else []))
+    key = seed_of(
+        artifact.fingerprint(teacher),
+        artifact.reading(teacher),
+        seed,
+        steps,
+        *([f"guidance {guidance}"] if strong else []),
+    )
     denoiser = Guided(teacher, guidance) if strong else teacher
     folder.mkdir(parents=True, exist_ok=True)
 

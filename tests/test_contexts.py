@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,8 @@ def test_a_policy_of_which_only_the_denoiser_is_known(tmp_path: Path, tiny: dict
 def test_recorded_samples_bring_their_contexts(antithetic: bool) -> None:
     contexts = torch.linspace(0, 1, 50)[:, None]
     noise = NoiseSource((2,), (2,), 11, 0, 1, contexts=True, antithetic=antithetic, micro_batches=3)
+    one = replace(noise, batch=1, micro_batches=1, antithetic=True)
+    assert len(next(iter(RealSource(one, Recorded(contexts.expand(50, 2), contexts))(0, 0))).z) == 1
     parts = list(RealSource(noise, Recorded(contexts.expand(50, 2), contexts))(0, 0))
     real, cond = (torch.cat([getattr(part, name) for part in parts]) for name in ("real", "cond"))
     assert torch.equal(real, cond.expand(11, 2)) and cond.unique().numel() >= (4 if antithetic else 8)

@@ -102,6 +102,22 @@ def test_a_role_computes_in_its_precision_while_turns_are_played(role: str) -> N
     assert all("forward" not in vars(m) for module in made.passes.roles.values() for m in module.modules())
 
 
+@pytest.mark.parametrize("fields", [{"precision": {"generator": "bf16"}}, {"checkpointing": ["generator"]}])
+def test_a_network_may_have_parts_of_any_name(fields: dict[str, Any]) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.trace = nn.Linear(2, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
+            return self.trace(self.features(x))
+
+    home = Preconditioned(Own(), (2,))
+    run = Trainer(M["pid"](N=9), Gaussian([0.0, 0.0], 0.5), home, steps=2, **fields)
+    run.advance(NoiseSource((2,), (2,), 4, 0))
+    assert isinstance(run.nets["generator"].denoiser.network.features, nn.Linear)
+
+
 def test_without_settings_nothing_stands_in() -> None:
     made = trainer("sid", precision={"teacher": "fp32"})
     with made.passes():

@@ -118,6 +118,17 @@ def mlp(seed: int = 0, scale: float = 0.3, dropout: float = 0.0, **changes: Any)
     return network
 
 
+def test_dropout_is_off_where_its_difference_would_be_multiplied() -> None:
+    student = Preconditioned(mlp(dropout=0.5), (2,), 0, 1.0)
+    nets, rng = players(student), torch.Generator().manual_seed(1)
+    feed = batch_of(
+        torch.rand(8, generator=rng, dtype=torch.float64), torch.randn(8, 2, generator=rng, dtype=torch.float64)
+    )
+    wanted = PID().loss(nets.eval(), Gaussian([0.0, 0.0], 1.0), feed)
+    assert torch.equal(PID().loss(nets.train(), Gaussian([0.0, 0.0], 1.0), feed), wanted)
+    assert student.network.train()(feed.z, feed.u, None).ne(student.network(feed.z, feed.u, None)).any()
+
+
 # A. Identities --------------------------------------------------------------------------------------------------------
 
 

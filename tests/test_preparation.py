@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,14 @@ def test_pairs_of_a_guided_teacher_are_guided(tmp_path: Path) -> None:
         patched.setattr(preparation, "teacher_pairs", lambda *args: seen.append(args[6]) or honest(*args))
         limbeck.distill("digits", method, out=tmp_path / "run", **keys, **QUIET)
     assert seen == [2.0]
+
+
+def test_real_data_must_have_every_class(tmp_path: Path) -> None:
+    x = torch.zeros(9, 8, 8, 1, dtype=torch.uint8).numpy()
+    np.savez(tmp_path / "nine.npz", x=x, y=np.arange(9))
+    keys = {"steps": 1, "batch": 4, "real": {"data": str(tmp_path / "nine.npz")}}
+    with pytest.raises(ValueError, match=r"^real\.data: holds no sample of class 9, and the teacher has 10$"):
+        limbeck.distill("digits", "dmd2", out=tmp_path / "r", **keys, **QUIET)
 
 
 def test_pairs_of_a_policy_have_contexts(tmp_path: Path) -> None:

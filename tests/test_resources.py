@@ -130,6 +130,15 @@ def test_a_large_run_says_what_it_needs(tmp_path: Path, tiny: dict[str, Any], mo
     assert "needs about 1.7 GiB of memory, and 2.0 MB of disk for checkpoints" in told
 
 
+def test_files_that_were_read_take_no_memory_of_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("max", "8000"), ("current", "7000"), ("stat", "anon 500\ninactive_file 6000\nfile 6400\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(resources, "GROUP", tmp_path)
+    assert resources.free_memory() == 7000
+    (tmp_path / "memory.max").write_text("max")  # no limit
+    assert resources.free_memory() > 1e6
+
+
 def test_free_memory_is_known_here() -> None:
     free = resources.free_memory()
     assert free is None or 0 < free < 2**50

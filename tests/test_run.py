@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 import limbeck
 from limbeck import checkpoint, config, folder, loop, run, summary, teachers
+from limbeck.denoiser import Preconditioned
 from limbeck.exact import Gaussian, Mixture
 from limbeck.folder import Stopped
 from limbeck.generator import Trajectory
+from limbeck.methods import METHODS
 from limbeck.methods.pid import PID
+from limbeck.networks import MLP
 from limbeck.train import NonFinite, Trainer
 
 STEPS = 6
@@ -599,6 +602,27 @@ def test_a_model_whose_checkpoints_are_gone_is_not_lost(whole: Path, tmp_path: P
     assert distill(out, tell=told, **dropout) == report(whole)
     assert told.has(f"finished at step {STEPS}")
     assert snapshot(out)["log.jsonl"] == before["log.jsonl"]
+
+
+def test_a_teacher_read_in_another_way_is_another_teacher(tmp_path: Path, distill: Any) -> None:
+    """The same weights in another convention, as after a card that was corrected."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MLP((2,), width=8, depth=1)
+    read = {unit: Preconditioned(network, (2,), noise_unit=unit) for unit in (1.0, 2.0)}
+    keys = {"evaluate": {"samples": 50, "teacher_steps": 3, "data": "exact:ring8"}, "template": {}}
+    distill(tmp_path / "r", read[1.0], **keys)
+    with pytest.raises(ValueError, match=r"^out: .* was begun with another teacher"):
+        distill(tmp_path / "r", read[2.0], **keys)
+    # a run of an earlier version, which did not write down how, goes on
+    (newest,) = (p for p in (tmp_path / "r" / "checkpoints").iterdir() if p.name.endswith(str(STEPS)))
+    state = json.loads((newest / "state.json").read_text())
+    assert len(state["identity"]) == 128
+    job = run.distillation(
+        config.resolve(config.read_toml(tmp_path / "r" / "recipe.toml") | {"teacher": "exact:ring8"}, METHODS),
+        tmp_path / "other", Told(), read[2.0],
+    )  # fmt: skip
+    assert not job.began_with(state["identity"]) and job.began_with(state["identity"][:64])
 
 
 def test_another_network_of_the_callers_is_refused(tmp_path: Path, distill: Any) -> None:

@@ -6,7 +6,6 @@ evaluation again reads them, an interrupted one goes on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -68,12 +67,6 @@ class Contestant:
             return self.samples.fingerprint()
         assert self.model is not None
         return artifact.fingerprint(self.model)
-
-    def card(self) -> dict[str, Any] | None:
-        """How a model's weights are read (its levels, its scale): not in the hash of the weights. None if unknown."""
-        with contextlib.suppress(ValueError):  # a network that Limbeck cannot rebuild
-            return None if self.model is None else artifact.describe(self.model)
-        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -250,7 +243,7 @@ def _scores(who: Contestant, judge: Judge, settings: Evaluation, out: Path | Non
     """The contestant's scores, from the store if it has them."""
     key: dict[str, Any] = {
         "model": who.fingerprint(),
-        "card": who.card(),
+        "read": None if who.model is None else artifact.reading(who.model),
         "judge": judge.hashes(),
         "settings": config.plain(settings),
         "v": versions(),

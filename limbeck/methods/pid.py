@@ -30,6 +30,8 @@ P                      the well-conditioned form above             the code form
                                                                    exact arithmetic, up to 1.4e-3 off in float32
 ``levels``             in units of sigma_data / 0.5                the code has 80 and 0.002 as literals in three
                                                                    places
+dropout                none: a difference between the two calls    as the code, whose networks have it hard-coded to 0
+                       is multiplied by up to 30
 micro-batches          mean over the whole batch                   the code sums the gradients of micro-batch means
 length                 ``steps``                                   the released loop does not stop at its total
 optimiser              Adam, betas 0.9 and 0.99, cosine decay:     the paper's RAdam (betas 0.9, 0.999, constant rate)
@@ -138,6 +140,7 @@ class PID:
     def loss(self, nets: nn.ModuleDict, teacher: Denoiser, batch: Batch) -> Tensor:
         """d(P, Q) per sample (B,), in units of the data's scale."""
         student = cast(Trajectory, nets["generator"])
+        student.eval()  # no dropout: what differs between the two calls is multiplied by the gain of P
         law = student.levels
         t, s = neighbours(batch.u, law.grid(self.N)[:-1].to(batch.u.device), self.last_index)
         both = None if batch.cond is None else batch.cond.repeat(2, 1)
