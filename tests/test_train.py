@@ -47,7 +47,8 @@ def noise(batch: int = 24, **fields: Any) -> NoiseSource:
 
 def trainer_of(dropout: float = 0.0, objective: Objective | None = None, **fields: Any) -> Trainer:
     settings = {"steps": STEPS, "seed": 3} | fields
-    return Trainer(objective or PID(N=20), copy.deepcopy(TEACHER), template(dropout), **settings)
+    objective = objective or (Plain() if dropout else PID(N=20))  # PID has no dropout
+    return Trainer(objective, copy.deepcopy(TEACHER), template(dropout), **settings)
 
 
 def flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
