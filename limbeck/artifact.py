@@ -243,7 +243,7 @@ def reading(module: nn.Module) -> str:
 
     Equal weights in another convention are another model.
     """
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):  # a card may hold what no file can
         return json.dumps(describe(module), sort_keys=True)
     told = {
         name: getattr(module, name, None) for name in ("sigma_data", "sigma_min", "sigma_max", "noise_unit", "output")

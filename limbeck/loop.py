@@ -498,7 +498,7 @@ def resume(job: Job, tell: Tell) -> tuple[float, Best | None, Monitor]:
     if job.trainer.step < job.recipe.steps:
         tell(f"{job.out}: continuing at step {job.trainer.step}")
     best = Best(**state["best"]) if state.get("best") else None
-    if best is not None and largest(not _holds(job.best_file, best.step)):
+    if best is not None and largest(int(not _holds(job.best_file, best.step))):
         if best.step == job.trainer.step:
             _store_best(job)
         else:
