@@ -58,7 +58,7 @@ from limbeck.sample import euler
 
 KEPT = (
     "steps", "images", "seconds", "student", "teacher_scores", "floor", "halves", "hashes", "history", "commit",
-    "machine",
+    "machine", "versions",
 )  # fmt: skip
 KEYS = ("title", "intro", "metric", "also", "x", "target", "last", "euler", "anchors", "base", "variant", "grid")
 

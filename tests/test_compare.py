@@ -255,7 +255,9 @@ def test_a_comparison_in_parts_is_the_whole(
         return [(row["name"], row["student"]["metrics"]) for row in told["rows"]]
 
     whole = made("--out", "whole")
-    assert whole["missing"] == [] and all(row["commit"] and row["machine"] for row in whole["rows"])
+    assert whole["missing"] == [] and all(
+        row["commit"] and row["machine"] and row["versions"]["torch"] for row in whole["rows"]
+    )
     first = made("--out", "one", "--only", "seed_[02]")
     assert first["missing"] == ["seed_1"] and first["summary"][0]["seeds"] == 2
     assert "1 of 3 runs are missing" in Path("one/comparison.html").read_text()

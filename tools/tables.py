@@ -228,7 +228,9 @@ def origin(result: dict[str, Any]) -> str:
     commit = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
     machines = [row["machine"] for row in rows if "machine" in row]
     processors = " and ".join(sorted({each["processor"] for each in machines or [where]}))
-    return ", ".join((commit, f"torch {result['versions']['torch']}", processors, threads))
+    versions = [row["versions"] for row in rows if "versions" in row] or [result["versions"]]
+    torch = " and ".join(sorted({each["torch"] for each in versions}))
+    return ", ".join((commit, f"torch {torch}", processors, threads))
 
 
 def ledger(method: str) -> str:
