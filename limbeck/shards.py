@@ -23,9 +23,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from limbeck import checkpoint
-from limbeck.denoiser import Networked
 from limbeck.distributed import rank_and_world, wait_for_all
 from limbeck.files import write_atomically
+from limbeck.passes import networks
 
 
 def split(module: nn.Module) -> None:
@@ -36,7 +36,7 @@ def split(module: nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = distributed.init_device_mesh(_device_type(module), (rank_and_world()[1],))
-    for network in [m.network for m in module.modules() if isinstance(m, Networked)]:
+    for network in [part for part in networks(module) if part is not module]:  # a module without any stays whole
         lists = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
         blocks = [block for each in lists for block in each.children() if any(True for _ in block.parameters())]
         for part in (*blocks, network):

@@ -16,17 +16,20 @@ import torch.distributed.checkpoint  # before the audit, which also sees imports
 from torch import Tensor, nn
 
 from limbeck import methods, shards, train
-from limbeck.denoiser import Networked, Preconditioned
+from limbeck.denoiser import Denoiser, Preconditioned, Rescaled
 from limbeck.distributed import Exchange, local, rank_and_world, whole
 from limbeck.ema import Average
 from limbeck.exact import Gaussian
 from limbeck.game import Game
 from limbeck.networks import DiT
 from limbeck.objective import Turn
+from limbeck.passes import networks
+from limbeck.schedule import Flow
 from limbeck.source import NoiseSource
 from limbeck.train import Trainer
 
 STEPS = 3
+CASES = {**test_methods.CASES, "rescaled": methods.METHODS["sid"]()}  # of a discrete model
 IN_PARTS = ("pid", "sid", "sida", "vardiu")  # in micro-batches on every process too
 
 
@@ -45,12 +48,14 @@ class Small(Exchange):
 
 def played(name: str, sharded: bool, parts: int = 1, dropout: float = 0.0) -> dict[str, Tensor]:
     """Gradients of every update, losses, and the weights after a few steps, put together, in float64."""
-    method, law = test_methods.CASES[name], test_methods.teacher()
+    method, law = CASES[name], test_methods.teacher()
     told: dict[str, Tensor] = {}
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        template = test_methods.template(law, dropout)
+        template: Denoiser = test_methods.template(law, dropout)
+        if name == "rescaled":
+            template = Rescaled(template.network, Flow(), "flow", template.shape, template.classes, template.sigma_data)
         made = Trainer(
             method,
             law,
@@ -64,7 +69,7 @@ def played(name: str, sharded: bool, parts: int = 1, dropout: float = 0.0) -> di
     finally:
         torch.set_default_dtype(before)
     for net in made.nets.values():  # the players' networks are in pieces, and nothing is without `sharded`
-        inside = [p for m in net.modules() if isinstance(m, Networked) for p in m.network.parameters()]
+        inside = [p for part in networks(net) if part is not net for p in part.parameters()]
         assert all((local(p) is not p) == sharded for p in inside)
     source = test_methods.source(method, law, parts)
     for player, optimizer in made.optimizers.items():
@@ -156,7 +161,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     resumed = save_and_resume(folder)
     told = {}
-    for name, parts in [*((name, 1) for name in test_methods.CASES), *((name, 2) for name in IN_PARTS)]:
+    for name, parts in [*((name, 1) for name in CASES), *((name, 2) for name in IN_PARTS)]:
         if parts == 2:
             train.Exchange = Small  # type: ignore[misc]
         for sharded in (False, True):

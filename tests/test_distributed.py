@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import ranks
 import safetensors.torch
-import test_methods
 import torch
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def played(two: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [*((name, 1) for name in test_methods.CASES), *((name, 2) for name in ranks.IN_PARTS)]
+    ("name", "parts"), [*((name, 1) for name in ranks.CASES), *((name, 2) for name in ranks.IN_PARTS)]
 )
 def test_two_processes_are_one_batch(name: str, parts: int, played: dict[str, Tensor]) -> None:
     """Gradients, norms, losses, weights and averages; whole players and split ones."""
