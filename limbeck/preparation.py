@@ -92,7 +92,10 @@ class Preparation:
         steps = recipe.warm_start
         tell(f"fitting the student's network to the teacher: {steps:,} steps")
         provider = exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, tell)
-        imitation = Imitation()
+        game = getattr(recipe.method, "game", None)
+        guided = game is not None and {game.guidance.fake_turn, game.guidance.fake} != {1.0}
+        blind = self.generator is not None and self.generator.classes == 0
+        imitation = Imitation(unlabelled=0.1 if guided or blind else 0.0)  # then its estimate without a label is read
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)
         every = Every(log=recipe.every.log, save=recipe.every.save, sample=0)
         key = seed_of(job.identity, json.dumps(config.to_table(recipe)))

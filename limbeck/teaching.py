@@ -73,6 +73,7 @@ class Imitation:
     Attributes:
         levels: law of the noise, in units of sigma_data / 0.5; wider than EDM's, because generators start high and
             noise laws reach far.
+        unlabelled: share of samples whose label is dropped, for both: where estimates without one will be read.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -80,6 +81,7 @@ class Imitation:
     needs_real: ClassVar[bool] = True
 
     levels: LogNormal = field(default_factory=lambda: LogNormal(-0.6, 1.8))
+    unlabelled: float = 0.0
 
     def players(self, template: Denoiser, generator: Generator | None = None) -> dict[str, nn.Module]:
         return {"denoiser": copy.deepcopy(template)}
@@ -95,10 +97,12 @@ class Imitation:
         denoiser = cast(Denoiser, nets["denoiser"])
         assert batch.real is not None
         sigma = self.levels.scaled(teacher.unit).quantile(batch.u)
-        noisy = perturb(batch.real, sigma, batch.eps)
+        noisy, cond = perturb(batch.real, sigma, batch.eps), batch.cond
+        if cond is not None and batch.coin is not None:
+            cond = cond * (batch.coin >= self.unlabelled)[:, None]
         with torch.no_grad():
-            target = teacher(noisy, sigma, batch.cond)
-        return denoising(denoiser(noisy, sigma, batch.cond), target, sigma, denoiser.sigma_data)
+            target = teacher(noisy, sigma, cond)
+        return denoising(denoiser(noisy, sigma, cond), target, sigma, denoiser.sigma_data)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ import torch
 
 import limbeck
 from limbeck import artifact, checkpoint, preparation, stock
-from limbeck.denoiser import Guided
+from limbeck.denoiser import Guided, Preconditioned
 from limbeck.exact import Mixture
+from limbeck.networks import build
+from limbeck.objective import Batch
 from limbeck.sample import heun
 from limbeck.teachers import load
+from limbeck.teaching import Imitation
 
 QUIET = {"tell": lambda line: None}
 
@@ -136,6 +139,46 @@ def test_a_student_of_another_network_starts_as_the_teacher(tmp_path: Path, tiny
     assert not list((tmp_path / "300").glob("warm-start*"))
     # PID does not start there
     assert not getattr(limbeck.methods.METHODS["pid"], "warm_start", False)
+
+
+@pytest.mark.parametrize(("scale", "share"), [(1.0, 0.0), (1.5, 0.1)])
+def test_where_estimates_without_a_label_are_read_the_warm_start_teaches_them(
+    scale: float, share: float, tmp_path: Path
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Seen(Preconditioned):
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
+            if cond is not None:
+                seen.append(cond)
+            return super().forward(x, sigma, cond)
+
+    asked: list[float] = []
+
+    def counted(**fields: Any) -> Imitation:
+        asked.append(fields["unlabelled"])
+        return Imitation(**fields)
+
+    method = {"name": "sid", "game": {"guidance": {"fake": scale}}}
+    keys = {
+        "steps": 1,
+        "batch": 8,
+        "warm_start": 2,
+        "template": {"network": "dit", "width": 16, "depth": 1, "heads": 2},
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preparation, "Imitation", counted)
+        patched.setattr(preparation, "WARM_SAMPLES", 60)
+        small = {"evaluate": {"samples": 20, "teacher_steps": 2}, "every": {"sample": 0}}
+        limbeck.distill("digits", method, out=tmp_path / "r", **keys, **small, **QUIET)
+    assert asked == [share]
+    home = Seen(build("mlp", {"shape": [2], "classes": 3, "width": 8, "depth": 1}), (2,), 3)
+    n, rng = 400, torch.Generator().manual_seed(0)
+    cond = torch.eye(3)[torch.arange(n) % 3]
+    z = torch.randn(n, 2, generator=rng)
+    feed = Batch(z, torch.rand(n, generator=rng), z, cond, z, coin=(torch.arange(n) + 0.5) / n)
+    Imitation(unlabelled=share).loss(torch.nn.ModuleDict({"denoiser": home}), home, feed)
+    assert len(seen) == 2 and torch.equal(*seen) and int((seen[0].sum(1) == 0).sum()) == share * n
 
 
 @pytest.mark.parametrize("method", ["sid", "dmd", {"name": "sida", "game": {"adversarial": {"weight": 0.1}}}])
