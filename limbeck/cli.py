@@ -626,10 +626,7 @@ def _evaluate(words: list[str], keys: dict[str, Any]) -> None:
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        columns = {
-            row["name"] if row["samples"] == settings.samples else f"{row['name']}, n={row['samples']}": row
-            for row in result["rows"]
-        }
+        columns = {summary.column(row["name"], row["samples"], settings.samples): row for row in result["rows"]}
         columns |= summary.truth_columns(result, settings.samples)
         for line in summary.table_of(columns):
             print(line)

@@ -56,6 +56,11 @@ class Guidance:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout}")
 
+    @property
+    def reads_unlabelled(self) -> bool:
+        """Is the fake score's D_none read, in its own turn or in the generator's?"""
+        return {self.fake_turn, self.fake} != {1.0}
+
 
 class View(NamedTuple):
     """The generator's samples, noised, as teacher and fake score see them.
@@ -183,8 +188,7 @@ class Game:
             with torch.no_grad():
                 x = sample(nets["generator"], batch, call)
             sigma, cond = self.fake_levels.scaled(teacher.unit).quantile(batch.u), batch.cond
-            both = {scale, self.guidance.fake}  # either reads D_none
-            if both != {1.0} and cond is not None and batch.coin is not None:
+            if self.guidance.reads_unlabelled and cond is not None and batch.coin is not None:
                 cond = cond * (batch.coin >= self.guidance.dropout)[:, None]
             noisy = perturb(x, sigma, batch.eps)
             if a is None:

@@ -93,7 +93,7 @@ class Preparation:
         tell(f"fitting the student's network to the teacher: {steps:,} steps")
         provider = exact_provider(teacher) or self._teacher_provider(job, WARM_SAMPLES, tell)
         game = getattr(recipe.method, "game", None)
-        guided = game is not None and {game.guidance.fake_turn, game.guidance.fake} != {1.0}
+        guided = game is not None and game.guidance.reads_unlabelled
         blind = self.generator is not None and self.generator.classes == 0
         imitation = Imitation(unlabelled=0.1 if guided or blind else 0.0)  # then its estimate without a label is read
         noise = replace(self.noise, latent_shape=(1,), classes=teacher.classes)

@@ -364,10 +364,12 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
 def truth_columns(result: Mapping[str, Any], samples: int | None) -> dict[str, Any]:
     """The truth's blocks of a result by name; the name says of how many samples, if it is not those of the models."""
     blocks = {name: result[name] for name in report.TRUTHS if result.get(name)}
-    return {
-        name if block.get("samples") in (None, 0, samples) else f"{name}, n={block['samples']}": block
-        for name, block in blocks.items()
-    }
+    return {column(name, block.get("samples"), samples): block for name, block in blocks.items()}
+
+
+def column(name: str, count: int | None, samples: int | None) -> str:
+    """The head of a column of `count` samples, which it tells if it is known and not `samples`."""
+    return name if count in (None, 0, samples) else f"{name}, n={count}"
 
 
 def notes_of(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -335,7 +335,7 @@ class ImageJudge:
             told.add("fid")
         if isinstance(self.network, Classifier):
             told |= {"class_accuracy", "class_balance"}
-        if isinstance(self.network, Classifier) or (self.answers and not self.watched):
+        if self.answers:
             told.add("inception_score" if self.is_fid else "classifier_score")
         if self.watched:
             return told
@@ -348,8 +348,12 @@ class ImageJudge:
 
     @property
     def answers(self) -> int:
-        """Number of classes of which the network tells the chances, 0 if it does not."""
-        return self.network.classes if isinstance(self.network, Classifier | Scripted) else 0
+        """Number of classes of which the network tells the chances, 0 if it does not.
+
+        A script gives them in a second call, too dear for scores that are watched.
+        """
+        kinds = Classifier if self.watched else Classifier | Scripted
+        return self.network.classes if isinstance(self.network, kinds) else 0
 
     def hashes(self) -> dict[str, str]:
         return {"reference": self.digest, "features": self.reference.features}
@@ -367,9 +371,7 @@ class ImageTally:
         self.rows = torch.empty(0, len(reference["feature"][0]))
         classes = judge.network.classes if isinstance(judge.network, Classifier) else 0
         self.confusion = torch.zeros(classes, classes, dtype=torch.float64)  # wanted, found
-        # a script gives chances in a second call, too dear for scores that are watched
-        answers = classes if judge.watched else judge.answers
-        self.chances = torch.zeros(answers, dtype=torch.float64)
+        self.chances = torch.zeros(judge.answers, dtype=torch.float64)
         self.sharpness = torch.zeros((), dtype=torch.float64)
         self.labelled = False
 
